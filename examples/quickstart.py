@@ -1,0 +1,279 @@
+"""Two networks that don't train, and what gets them going.
+
+1. The rescue: ten ReLU layers whose weights all start at zero, trained with SGD, with and without
+   `GradientNoise`.
+2. The swap: ten ReLU layers in PyTorch's default initialization, which starves them of signal, as they are
+   and with `replace_activations(model, "nsw")`, both under `ActivationMonitor`.
+
+Run it with `make demo`, or `python examples/quickstart.py --help` for the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import logging
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from lightning_noisy import ActivationMonitor, GradientNoise, replace_activations
+
+BATCH_SIZE = 32
+
+
+class Classifier(L.LightningModule):
+    """A fully connected ReLU network, `depth` hidden layers of `width` units."""
+
+    def __init__(self, inputs: int, depth: int = 10, width: int = 50, *, lr: float, zero_init: bool = False):
+        super().__init__()
+        self.lr = lr
+        layers: list[nn.Module] = []
+        for fan_in in [inputs] + [width] * (depth - 1):
+            layers += [nn.Linear(fan_in, width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, 10))
+        if zero_init:
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("accuracy", (self.net(x).argmax(1) == y).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+# --- Data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Images as rows of floats in [0, 1], and their labels."""
+
+    name: str
+    train: TensorDataset
+    test: TensorDataset
+
+    @property
+    def inputs(self) -> int:
+        return self.train[0][0].numel()
+
+
+def load_digits() -> Data:
+    """The 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn; a fifth of them for testing."""
+    from sklearn import datasets
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(x) // 5], order[len(x) // 5 :]
+    return Data("scikit-learn's digits", TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test]))
+
+
+def load_mnist(folder: Path) -> Data:
+    """The idx files of MNIST, as they are or gzipped."""
+    if not folder.is_dir():
+        raise SystemExit(f"--data: {folder} is not a directory.")
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_idx(folder, f"{part}-images-idx3-ubyte")
+        labels = read_idx(folder, f"{part}-labels-idx1-ubyte")
+        if len(images) != len(labels) or images.dim() != 3 or labels.dim() != 1 or not len(labels):
+            shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
+            raise SystemExit(f"--data: images and labels of {folder}/{part}-* don't fit: shapes {shapes}.")
+        if labels.max() > 9:
+            raise SystemExit(f"--data: {folder}/{part}-labels-idx1-ubyte has a label {labels.max()}, not a digit.")
+        parts.append(TensorDataset(images.flatten(1).float() / 255, labels.long()))
+    if parts[0][0][0].shape != parts[1][0][0].shape:
+        raise SystemExit(f"--data: the training and test images of {folder} differ in size.")
+    return Data(f"MNIST from {folder}", *parts)
+
+
+def read_idx(folder: Path, name: str) -> Tensor:
+    """The uint8 array of an idx file."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise SystemExit(f"--data: neither {name} nor {name}.gz is in {folder}.")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
+        shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
+        body = raw[4 + 4 * dimensions :]
+        if zero or kind != 8 or len(body) != torch.Size(shape).numel():
+            raise ValueError(f"{len(body)} bytes for shape {shape}")
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+        raise SystemExit(f"--data: {path} is damaged, or no idx file of bytes: {error}.") from None
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training run, and the curves that it left in its TensorBoard file."""
+
+    name: str
+    folder: Path
+
+    def curve(self, tag: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a scalar."""
+        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload().Scalars(tag)
+        return [event.step for event in events], [event.value for event in events]
+
+    def last(self, tag: str) -> float:
+        return self.curve(tag)[1][-1]
+
+
+def train(name: str, model: Classifier, data: Data, steps: int, out: Path, callbacks: list[L.Callback]) -> Run:
+    """Train for a number of steps with batches drawn at random; test the accuracy twenty times."""
+    draws = RandomSampler(data.train, replacement=True, num_samples=steps * BATCH_SIZE)
+    batches = BatchSampler(draws, BATCH_SIZE, drop_last=True)  # indexes the tensors a batch at a time
+    logger = TensorBoardLogger(out, name=None, version=name.replace(" ", "-"), default_hp_metric=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=10.0,
+        val_check_interval=max(1, steps // 20),
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, min(50, steps // 20)),
+        logger=logger,
+        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=50)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    print(f"\n{name}", flush=True)
+    trainer.fit(
+        model,
+        DataLoader(data.train, sampler=batches, batch_size=None),
+        DataLoader(data.test, batch_size=len(data.test)),
+    )
+    logger.finalize("success")
+    return Run(name, Path(logger.log_dir))
+
+
+def rescue(data: Data, steps: int, out: Path) -> list[Run]:
+    """All weights zero, with and without noise on the gradients."""
+    runs = []
+    for name, callbacks in {
+        "rescue without noise": [],
+        "rescue with GradientNoise": [GradientNoise(eta=0.01)],
+    }.items():
+        L.seed_everything(0, verbose=False)
+        runs.append(train(name, Classifier(data.inputs, lr=0.1, zero_init=True), data, steps, out, callbacks))
+    return runs
+
+
+def swap(data: Data, steps: int, out: Path) -> list[Run]:
+    """Default initialization, with and without normalized Swish in the place of ReLU."""
+    runs = []
+    for name, activation in {"swap plain relu": None, "swap nsw": "nsw"}.items():
+        L.seed_everything(0, verbose=False)
+        model = Classifier(data.inputs, lr=0.05)
+        if activation is not None:
+            replace_activations(model, activation)
+        runs.append(train(name, model, data, steps, out, [ActivationMonitor()]))
+    return runs
+
+
+# --- Results ------------------------------------------------------------------------------------------------
+
+
+def sites(run: Run, statistic: str) -> list[str]:
+    """The tags of a statistic, in the order of the layers."""
+    tags = EventAccumulator(str(run.folder)).Reload().Tags()["scalars"]
+    return sorted((tag for tag in tags if tag.startswith(f"{statistic}/")), key=lambda tag: int(tag.split(".")[-1]))
+
+
+def print_tables(data: Data, rescued: list[Run], swapped: list[Run]) -> None:
+    """What came out, as text."""
+    print(f"\nTest accuracy on {data.name}\n")
+    for run in [*rescued, *swapped]:
+        best, last = max(run.curve("accuracy")[1]), run.last("accuracy")
+        print(f"  {run.name:<28} best {best:6.1%}   last {last:6.1%}")
+    print("\nAt the first log of the swap: gain of the signal (rho) and of the gradient (rho_prime), 1 is best\n")
+    plain, normalized = swapped
+    print(f"  {'layer':<8}{'rho relu':>10}{'rho nsw':>10}{'rho_prime relu':>17}{'rho_prime nsw':>16}")
+    columns = [
+        [run.curve(tag)[1][0] for tag in sites(run, statistic)]
+        for statistic in ("rho", "rho_prime")
+        for run in (plain, normalized)
+    ]
+    for tag, a, b, c, d in zip(sites(plain, "rho"), *columns, strict=True):
+        print(f"  {tag.removeprefix('rho/'):<8}{a:>10.3f}{b:>10.3f}{c:>17.3f}{d:>16.3f}")
+    scores = [run.curve("anact_score")[1][0] for run in (plain, normalized)]
+    print(f"\n  ANAct score (0 is best): {scores[0]:.2f} with relu, {scores[1]:.2f} with nsw")
+
+
+def draw(rescued: list[Run], swapped: list[Run], path: Path) -> None:
+    """What came out, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ((top_left, top_right), (bottom_left, bottom_right)) = plt.subplots(
+        2, 2, figsize=(10, 6.4), layout="constrained"
+    )
+    for axes, runs, title in (
+        (top_left, rescued, "The rescue: all weights start at zero"),
+        (bottom_left, swapped, "The swap: default initialization, 10 layers"),
+    ):
+        for run, colour in zip(runs, ("0.6", "C0"), strict=True):
+            axes.plot(*run.curve("accuracy"), "o-", color=colour, markersize=3, label=run.name.split(" ", 1)[1])
+        axes.set(title=title, xlabel="step", ylabel="test accuracy", ylim=(0, 1))
+        axes.legend()
+    top_right.plot(*rescued[1].curve("gradient_noise/std"), color="C0")
+    top_right.set(title="gradient_noise/std", xlabel="step", ylabel="σ", ylim=(0, None))
+    for run, colour in zip(swapped, ("0.6", "C0"), strict=True):
+        gains = [run.curve(tag)[1][0] for tag in sites(run, "rho")]
+        bottom_right.plot(range(1, len(gains) + 1), gains, "o-", color=colour, label=run.name.split(" ", 1)[1])
+    bottom_right.axhline(1, color="0.8", linewidth=1, zorder=0)
+    bottom_right.set(title="ρ by layer, at the first log", xlabel="layer", ylabel="ρ = E[φ²] / Var[h]", ylim=(0, None))
+    bottom_right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="idx files of MNIST, in place of scikit-learn's digits"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("quickstart_logs"), metavar="DIR", help="for logs and the picture"
+    )
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that it runs, not more")
+    options = parser.parse_args()
+    data = load_digits() if options.data is None else load_mnist(options.data)
+    # Lightning's remarks on idle hardware and loader workers, which are right, and beside the point here.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_num_threads(1)  # the layers are too small to share out
+    scale = 20 if options.quick else 1
+    rescued = rescue(data, 12_000 // scale, options.out)
+    swapped = swap(data, 4_000 // scale, options.out)
+    print_tables(data, rescued, swapped)
+    picture = options.out / "quickstart.png"
+    draw(rescued, swapped, picture)
+    print(f"\nPicture: {picture}\nTo look closer: tensorboard --logdir {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Where and when the callbacks' scalars go: to every logger, at the steps of Lightning's own logging."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+__all__ = ["log_scalars", "logging_step"]
+
+
+def logging_step(trainer: pl.Trainer) -> int | None:
+    """In ``on_train_batch_end``: the step at which ``self.log`` values of this batch are written, or None.
+
+    None with ``log_every_n_steps`` and gradient accumulation, for batches whose values Lightning doesn't write
+    either. ``trainer.global_step`` is another count: it has moved on, and by two with two optimizers.
+    """
+    loop = trainer.fit_loop
+    accumulating = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
+    due = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+    return loop.epoch_loop._batches_that_stepped if due and not accumulating else None
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:
+    """Send scalars to all loggers, and to ``trainer.callback_metrics`` for callbacks that monitor them.
+
+    Not through ``self.log``, which keeps a torchmetrics object per name and syncs with the host for each.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})

@@ -1,0 +1,46 @@
+"""The callback that swaps a model's activations."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_noisy.engine.replace import Replacement, check_replacement, replace_activations
+
+__all__ = ["ActivationReplacement"]
+
+
+class ActivationReplacement(pl.Callback):
+    """Replace the activations of the model when a Trainer sets it up, before its optimizers are made.
+
+    The callback form of :func:`lightning_noisy.replace_activations`, for models that you configure and don't
+    write. A model that has been swapped keeps its modules: ``fit``, ``test`` and ``fit`` again swap once.
+
+    A checkpoint of such a model has the new modules' values. To resume, or to test, pass ``ckpt_path`` to a
+    Trainer with this callback. For ``load_from_checkpoint``, call ``replace_activations(self, ...)`` in the
+    model's ``__init__`` instead of using the callback.
+
+    Args:
+        to: what to replace them with; see :func:`lightning_noisy.replace_activations`.
+
+    Raises:
+        TypeError: if ``to`` is nothing to replace activations with.
+        ValueError: if a name is unknown; suggests the closest ones.
+
+    >>> trainer = pl.Trainer(callbacks=[ActivationReplacement("nsw")], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, to: Replacement) -> None:
+        check_replacement(to)
+        self.to = to
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Swap."""
+        if is_overridden("configure_model", pl_module):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} builds layers in configure_model, after callbacks are set up, so"
+                " ActivationReplacement would miss them. Call replace_activations(self, ...) in configure_model,"
+                " before the layers are sharded."
+            )
+        replace_activations(pl_module, self.to)

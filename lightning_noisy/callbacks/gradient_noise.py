@@ -1,0 +1,166 @@
+"""The callback that adds annealed noise to the gradients."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import is_dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_noisy.callbacks._logging import log_scalars, logging_step
+from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, add_gradient_noise
+from lightning_noisy.schedules import InverseDecay, Schedule
+
+__all__ = ["GradientNoise"]
+
+
+class GradientNoise(pl.Callback):
+    r"""Add annealed Gaussian noise to the gradients, after clipping.
+
+    :math:`g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2)` with :math:`\sigma_t^2 = \eta / (1 + t)^\gamma`, Eq. 1 of
+    Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks" (2015). t counts the
+    steps that each optimizer has taken, from 0: batches that only accumulate gradients don't count.
+
+    It works in automatic and manual optimization. The noise has a random stream of its own: it is a function of
+    the seed, the optimizer's index, the parameter's name and t, so all ranks of data-parallel training add the
+    same, a resumed run goes on as if it had not stopped, and the global random states are not touched.
+
+    A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
+    need different schedules, and their noises are independent.
+
+    Logs σ of the last step as ``gradient_noise/std`` (``gradient_noise/std/<index>`` with several optimizers) to
+    every logger, at the Trainer's logging steps.
+
+    Args:
+        eta: variance at the first step, >= 0.
+        gamma: exponent of the decay, >= 0.
+        schedule: a function from t to σ, in the place of ``eta`` and ``gamma``.
+        seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
+            starts; in both cases a checkpoint that is resumed from brings its own.
+
+    Raises:
+        TypeError: if an argument is not of its type.
+        ValueError: if ``eta`` or ``gamma`` is negative or not finite.
+
+    >>> trainer = pl.Trainer(callbacks=[GradientNoise(eta=0.01)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        eta: float = 0.01,
+        gamma: float = 0.55,
+        *,
+        schedule: Schedule | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"schedule must be callable: schedule(t) -> standard deviation, got {schedule!r}.")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an int or None, got {seed!r} of type {type(seed).__name__}.")
+        decay = InverseDecay(eta, gamma)
+        self.schedule: Schedule = decay if schedule is None else schedule
+        self.seed = seed
+        self._instance = 0
+        self._restored: dict[str, Any] | None = None
+        self._handles: list[GradientNoiseHandle] = []
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints; instances with different schedules have one each."""
+        schedule = repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__qualname__
+        return self._generate_state_key(schedule=schedule)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find out which of the Trainer's instances this is: each has a stream of its own."""
+        self._instance = next(i for i, callback in enumerate(_instances(trainer)) if callback is self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the noise to the optimizers."""
+        self._detach()
+        seed = self.seed
+        if seed is None:
+            seed = int(os.environ.get("PL_GLOBAL_SEED") or trainer.strategy.broadcast(secrets.randbits(32)))
+        self._handles = [
+            add_gradient_noise(optimizer, self.schedule, seed=seed, stream=f"{self._instance}.{index}", model=pl_module)
+            for index, optimizer in enumerate(trainer.optimizers)
+        ]
+        if self._restored is not None:
+            self._restore(self._restored)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log σ."""
+        step = logging_step(trainer)
+        stds = {index: handle.std for index, handle in enumerate(self._handles)}
+        if step is None:
+            return
+        tag = "gradient_noise/std/{}" if len(stds) > 1 else "gradient_noise/std"
+        scalars = {tag.format(index): std for index, std in stds.items() if std is not None}
+        if scalars:
+            log_scalars(trainer, scalars, step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the noise off the optimizers."""
+        self._detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the noise off the optimizers."""
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the noise off the optimizers."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and t of each optimizer's noise: plain numbers."""
+        return {"optimizers": [handle.state_dict() for handle in self._handles]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written; the optimizers may come later."""
+        if self._handles:
+            self._restore(state_dict)
+        else:
+            self._restored = state_dict
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the state of the only noise in a checkpoint also if its schedule was another one."""
+        states = {k: v for k, v in checkpoint["callbacks"].items() if str(k).startswith(type(self).__qualname__)}
+        if self.state_key not in states and len(states) == len(_instances(trainer)) == 1:
+            self.load_state_dict(*states.values())
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._restored = None
+        if len(state["optimizers"]) != len(self._handles):
+            rank_zero_warn(
+                f"The checkpoint has gradient noise of {len(state['optimizers'])} optimizers, and there are"
+                f" {len(self._handles)}: their noise starts anew, at t = 0."
+            )
+            return
+        for handle, saved in zip(self._handles, state["optimizers"], strict=True):
+            if self.seed is not None and saved["seed"] != self.seed:
+                rank_zero_warn(
+                    f"GradientNoise(seed={self.seed}) goes on from a checkpoint with seed {saved['seed']}: the noise"
+                    " continues at its t with the new seed. Use seed=None for the checkpoint's."
+                )
+                saved = {**saved, "seed": self.seed}
+            handle.load_state_dict(saved)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks don't outlive a copy of their optimizer: a copy of the callback starts without.
+        return {**self.__dict__, "_handles": []}
+
+
+def _instances(trainer: pl.Trainer) -> list[GradientNoise]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [callback for callback in callbacks if isinstance(callback, GradientNoise)]

@@ -1,0 +1,196 @@
+"""Annealed noise on the gradients of a torch optimizer."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_noisy.functional.gaussian import add_gaussian_, stream_key
+from lightning_noisy.schedules import Schedule
+
+__all__ = ["GradientNoiseHandle", "add_gradient_noise"]
+
+
+def add_gradient_noise(
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    stream: int | str = 0,
+    model: nn.Module | None = None,
+) -> GradientNoiseHandle:
+    r"""Add Gaussian noise to the gradients that an optimizer uses, at each of its steps.
+
+    :math:`g_t \leftarrow g_t + \mathcal N(0, \sigma_t^2)` with :math:`\sigma_t` = ``schedule(t)``, where t
+    counts this optimizer's steps from 0 (Neelakantan et al., "Adding Gradient Noise Improves Learning for Very
+    Deep Networks", 2015). The noise is added when the optimizer takes its step: after clipping, after gradient
+    accumulation, and after the backward pass in a closure. Element i of a parameter's noise is a function of
+    (``seed``, ``stream``, the parameter's name, t, i) and of nothing else; global random states are neither
+    used nor changed. A parameter without a gradient gets no noise, and a step without any gradient doesn't count.
+
+    Args:
+        optimizer: any torch optimizer; dense gradients of any float dtype.
+        schedule: maps t (int) to the standard deviation σ (float, >= 0).
+        seed: seed of the noise.
+        stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
+        model: where the parameters' names come from, unless the optimizer has them (``param_names``).
+            Without either, parameters are named by their position in the optimizer.
+
+    Returns:
+        A handle to read and restore t, and to remove the noise. It is a context manager, too.
+
+    Raises:
+        TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
+
+    >>> weight = nn.Parameter(torch.zeros(1000))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> weight.grad = torch.zeros_like(weight)
+    >>> with add_gradient_noise(optimizer, lambda t: 2.0) as noise:
+    ...     optimizer.step()
+    >>> noise.step, round(weight.std().item(), 1)
+    (1, 2.0)
+    """
+    return GradientNoiseHandle(optimizer, schedule, seed=seed, stream=stream, model=model)
+
+
+class GradientNoiseHandle:
+    """What :func:`add_gradient_noise` returns.
+
+    Attributes:
+        step: t, the steps with noise that the optimizer has taken.
+        std: σ of the last step, None before the first.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        *,
+        seed: int,
+        stream: int | str,
+        model: nn.Module | None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
+        if not callable(schedule):
+            raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
+        self.step = 0
+        self.std: float | None = None
+        self._schedule = schedule
+        self._seed = seed
+        self._stream = stream
+        self._model = model
+        self._names: dict[nn.Parameter, str] = {}
+        # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
+        self._frame: FrameType | None = None
+        self._added = False
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    def remove(self) -> None:
+        """Take the noise off the optimizer; again has no effect."""
+        for hook in self._hooks:
+            hook.remove()
+        self._frame = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and t, as plain numbers."""
+        return {"seed": self._seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the seed and t of :meth:`state_dict`."""
+        self._seed, self.step = state["seed"], state["step"]
+
+    def __enter__(self) -> GradientNoiseHandle:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A subclass whose step() calls super().step() fires the hooks again, inside: torch wraps both methods.
+        # The first call's frame tells: it is still running. (A flag would stay up after an exception.)
+        caller = sys._getframe(1)
+        if self._frame is not None and _is_running(self._frame, caller):
+            return None
+        self._frame, self._added = caller, False
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._add_noise(optimizer)
+            return None
+
+        # Backward and clipping happen in the closure. LBFGS evaluates it several times: the same noise each time.
+        def noisy_closure() -> Any:
+            result = closure()
+            self._add_noise(optimizer)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": noisy_closure}
+        return (args[0], noisy_closure, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frame is sys._getframe(1):
+            self.step += self._added
+            self._frame = None
+
+    @torch.no_grad()
+    def _add_noise(self, optimizer: Optimizer) -> None:
+        """Add the noise of the present t to every gradient of the optimizer."""
+        std = float(self._schedule(self.step))
+        if not 0 <= std < float("inf"):
+            raise ValueError(
+                f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
+            )
+        noisy = [(name, p.grad) for name, p in self._named_parameters(optimizer) if p.grad is not None]
+        for name, gradient in noisy:
+            if gradient.layout != torch.strided or isinstance(gradient, DTensor):
+                kind = "sharded (DTensor)" if isinstance(gradient, DTensor) else gradient.layout
+                raise TypeError(
+                    f"Gradient noise needs dense gradients, and the one of {name!r} is {kind}. Use a dense layer"
+                    " (sparse=False) or an unsharded strategy such as DDP."
+                )
+        for name, gradient in noisy:
+            add_gaussian_(gradient, std, stream_key(self._seed, self._stream, name, self.step))
+        if noisy:
+            self._added, self.std = True, std
+
+    def _named_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+        """The optimizer's parameters, each once, with names that outlast a change of the parameter groups."""
+        found: dict[nn.Parameter, str] = {}
+        for group in optimizer.param_groups:
+            own_names = group.get("param_names") or [None] * len(group["params"])
+            for parameter, own_name in zip(group["params"], own_names, strict=True):
+                if parameter not in found:
+                    found[parameter] = own_name or self._name(parameter, position=len(found))
+        return [(name, parameter) for parameter, name in found.items()]
+
+    def _name(self, parameter: nn.Parameter, *, position: int) -> str:
+        if parameter not in self._names:
+            if self._model is not None:
+                self._names.update({p: _strip_wrappers(name) for name, p in self._model.named_parameters()})
+            self._names.setdefault(parameter, f"#{position}")
+        return self._names[parameter]
+
+
+def _is_running(frame: FrameType, inner: FrameType | None) -> bool:
+    """Whether ``frame`` is ``inner`` or one of its callers."""
+    while inner is not None and inner is not frame:
+        inner = inner.f_back
+    return inner is not None
+
+
+def _strip_wrappers(name: str) -> str:
+    """A parameter's name without what wrappers of modules put into it."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)

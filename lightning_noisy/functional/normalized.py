@@ -1,0 +1,65 @@
+"""The formulas of Peiwen et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["normalization_factor", "normalize_output", "update_running"]
+
+
+def normalization_factor(rho: Tensor, rho_prime: Tensor) -> Tensor:
+    r"""The factor that brings the gains of signal and gradient to 1, as a compromise of both.
+
+    :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}`, Eq. 13: :math:`\lambda^2` is the reciprocal of
+    their harmonic mean.
+
+    Args:
+        rho: gain of the signal, Var[δ(x)] / Var[x] (Eq. 31), > 0.
+        rho_prime: gain of the gradient, E[δ′(x)²] (Eq. 6), > 0, same shape.
+
+    Returns:
+        λ, same shape.
+
+    >>> normalization_factor(torch.tensor(0.340845), torch.tensor(0.5))  # ReLU on N(0, 1)
+    tensor(1.5707)
+    """
+    return ((rho + rho_prime) / (2 * rho * rho_prime)).sqrt()
+
+
+def normalize_output(output: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    r""":math:`\hat\delta(x) = (\lambda + f(\alpha)) (\delta(x) - \mu)`, Eq. 15.
+
+    Args:
+        output: δ(x), float tensor of any shape.
+        scale: λ + f(α), 0-dimensional.
+        shift: μ, 0-dimensional.
+
+    Returns:
+        Tensor of the shape and dtype of ``output``.
+    """
+    return (output - shift.to(output.dtype)) * scale.to(output.dtype)
+
+
+def update_running(
+    running: Tensor, batch: Tensor, *, momentum: float, bounds: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    r"""Move a running value towards the batch's, unless the batch's is out of bounds.
+
+    :math:`m \rho_M + (1 - m) \rho` if :math:`L \rho < \rho_M < U \rho`, else :math:`\rho` (Eq. 17-18).
+
+    Args:
+        running: the running value, > 0, 0-dimensional.
+        batch: the batch's value, 0-dimensional.
+        momentum: m, the weight of the batch, in (0, 1].
+        bounds: (L, U), multiples of the running value.
+
+    Returns:
+        The new running value, and whether the batch's was accepted (bool tensor).
+
+    >>> update_running(torch.tensor(1.0), torch.tensor(9.0), momentum=0.1, bounds=(0.2, 5.0))
+    (tensor(1.), tensor(False))
+    """
+    lower, upper = bounds
+    accepted = (lower * running < batch) & (batch < upper * running)
+    return torch.where(accepted, running.lerp(batch, momentum), running), accepted

@@ -1,0 +1,112 @@
+"""Statistics of activations, pooled over batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_noisy.functional.scores import anact_score, rho
+
+__all__ = ["ActivationStatistics"]
+
+
+class ActivationStatistics(Metric):
+    r"""ρ, ρ′, saturation and sparsity of several activations.
+
+    Moments are pooled by count over updates and processes: a batch weighs as many elements as it has. The
+    state is one tensor of sums, so that a synchronization is one reduction, however many sites there are.
+
+    ===================== ===============================================================================
+    ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Peiwen et al., "ANAct", 2022)
+    ``rho_prime/<site>``  :math:`E[\varphi'(h)^2]` (Eq. 6)
+    ``anact_score``       :math:`\sum (|\ln\rho| + |\ln\rho'|) / 2` over the sites (Eq. 22)
+    ``saturation/<site>`` share of elements with :math:`|\varphi'(h)|` below the threshold
+                          (Gulcehre et al., "Noisy Activation Functions", 2016, Def. 2.2)
+    ``sparsity/<site>``   share of elements that are inactive
+                          (Pretorius et al., "ReLU and sigmoidal activation functions", 2019, Table 1)
+    ===================== ===============================================================================
+
+    Args:
+        sites: names of the sites.
+        kwargs: keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if a name occurs twice.
+
+    >>> statistics = ActivationStatistics(["relu"])
+    >>> h = torch.linspace(-1, 1, 200)
+    >>> statistics.update("relu", input=h, output=h.relu(), slope=(h > 0).float())
+    >>> {name: round(value.item(), 3) for name, value in statistics.compute().items()}
+    {'rho/relu': 0.5, 'rho_prime/relu': 0.5, 'saturation/relu': 0.5, 'sparsity/relu': 0.5, 'anact_score': 0.693}
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor
+
+    def __init__(self, sites: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rows = {name: row for row, name in enumerate(sites)}
+        if len(self._rows) != len(sites):
+            raise ValueError(f"Names of sites must differ, got {list(sites)!r}.")
+        # Columns: elements, Σh, Σh², Σφ, Σφ², Σφ′², saturated, inactive. In float64 sums of squares are safe:
+        # a variance of 1 around a mean of 10⁴ keeps eight digits, and each batch's is computed around its mean.
+        self.add_state("sums", default=torch.zeros(len(sites), 8, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites."""
+        return list(self._rows)
+
+    def update(
+        self,
+        site: str,
+        *,
+        input: Tensor,
+        output: Tensor,
+        slope: Tensor,
+        inactive: Tensor | None = None,
+        saturation_threshold: float | Tensor = 0.05,
+    ) -> None:
+        """Add what one call of an activation has seen; an empty batch changes nothing.
+
+        Args:
+            site: name of the site.
+            input: pre-activation h, float tensor of any shape.
+            output: φ(h), same shape.
+            slope: φ′(h), same shape.
+            inactive: which elements count as inactive, bool tensor of the same shape; by default those
+                whose output is <= 0.
+            saturation_threshold: slopes of less than this in size count as saturated.
+        """
+        if input.numel() == 0:
+            return
+        inactive = output <= 0 if inactive is None else inactive
+        saturated = slope.abs() < saturation_threshold
+        input, output, slope = (
+            tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (input, output, slope)
+        )
+        count = input.numel()
+        moments = [*torch.var_mean(input, correction=0), *torch.var_mean(output, correction=0)]
+        shares = [slope.square().mean(), saturated.count_nonzero() / count, inactive.count_nonzero() / count]
+        input_var, input_mean, output_var, output_mean, *rest = torch.stack(moments + shares).to(self.sums)
+        input_square, output_square = input_var + input_mean.square(), output_var + output_mean.square()
+        means = [torch.ones_like(input_mean), input_mean, input_square, output_mean, output_square, *rest]
+        self.sums[self._rows[site]] += count * torch.stack(means)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The statistics, ``<statistic>/<site>`` and ``anact_score``: 0-dimensional tensors.
+
+        A site that was not called has NaN, and is left out of the score.
+        """
+        count, *sums = self.sums.unbind(-1)
+        input_mean, input_square, output_mean, output_square, rho_prime, *shares = (total / count for total in sums)
+        gain = rho(input_square - input_mean.square(), output_mean, output_square - output_mean.square())
+        called = count > 0
+        table = zip(("rho", "rho_prime", "saturation", "sparsity"), (gain, rho_prime, *shares), strict=True)
+        values = {f"{name}/{site}": value[row] for name, value in table for site, row in self._rows.items()}
+        return {**values, "anact_score": anact_score(gain[called], rho_prime[called])}

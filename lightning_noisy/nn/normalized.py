@@ -1,0 +1,197 @@
+"""Normalized activations of Peiwen et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
+from lightning_noisy.functional.scores import rho_prime
+from lightning_noisy.functional.slopes import slope
+
+__all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
+
+# A batch whose gains are not above this says nothing usable (a dead layer, a constant input): its λ
+# would be beyond 1000 and would stay in the running values for many steps.
+_SMALLEST_GAIN = 1e-6
+
+
+class NormalizedActivation(nn.Module):
+    r"""An activation scaled and shifted so that signal and gradient keep their variance.
+
+    :math:`\hat\delta(x) = (\lambda + 0.3 \tanh \alpha)\,(\delta(x) - \mu)` with
+    :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}` (Eq. 13 and 15), where
+    :math:`\rho = \mathrm{Var}[\delta(x)] / \mathrm{Var}[x]` (Eq. 31), :math:`\rho' = E[\delta'(x)^2]`
+    (Eq. 6) and :math:`\mu = E[\delta(x)]` are running values over the training batches (Eq. 16-18).
+
+    In training mode each batch first updates the running values (the first batch sets them), and the
+    updated values are used; in evaluation mode they are used as they are. They are constants for the
+    backward pass. α is learned. A batch whose ρ or ρ′ is out of ``bounds`` leaves that value where it is;
+    after ``max_rejections`` such batches in a row the running values are set to the batch's, so that a
+    real shift is not refused for ever. A batch that has no usable gains (empty, constant or non-finite
+    input, all units inactive) changes nothing.
+
+    Statistics are computed in float32 (float64 for double precision) over all elements. Under data
+    parallelism each process uses its own batch, and DDP copies rank 0's running values to all ranks
+    before each forward pass, as it does for batch normalization.
+
+    Args:
+        function: elementwise callable or module δ. Its derivative needs no closed form.
+        momentum: m, the weight of a batch in the running values, in (0, 1]. The paper gives no value.
+        bounds: (L, U) with 0 <= L < 1 < U. The paper gives no values.
+        max_rejections: batches in a row that may be rejected, >= 0.
+        inplace: write the result into the input, as the activation that this one replaces did. It costs
+            a copy of the input.
+        device: device of the parameter and the buffers.
+        dtype: dtype of the parameter ``alpha``. The running values are float32.
+
+    Attributes:
+        alpha: the learned α, parameter of shape (1,), 0 at the start.
+        running_mean: μ, 0-dimensional, 0 at the start.
+        running_rho: ρ, 0-dimensional, 1 at the start.
+        running_rho_prime: ρ′, 0-dimensional, 1 at the start.
+        num_batches_tracked: batches that had usable gains, 0-dimensional.
+        num_rejected: batches rejected in a row by now, 0-dimensional.
+
+    Shape:
+        Input and output: any shape, the same.
+
+    Raises:
+        TypeError: if ``function`` is not callable.
+        ValueError: if an option is outside its range, or ``function`` works in place.
+
+    >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    >>> y = NReLU()(x)
+    >>> round(abs(y.mean().item()), 4), round(y.var().item(), 2)  # λ²ρ = (1 + ρ/ρ′) / 2
+    (0.0, 0.84)
+    """
+
+    alpha: nn.Parameter
+    running_mean: Tensor
+    running_rho: Tensor
+    running_rho_prime: Tensor
+    num_batches_tracked: Tensor
+    num_rejected: Tensor
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        momentum: float = 0.1,
+        bounds: tuple[float, float] = (0.2, 5.0),
+        max_rejections: int = 10,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(function):
+            raise TypeError(f"function must be an elementwise callable, got {function!r}.")
+        if getattr(function, "inplace", False):
+            raise ValueError(f"function must not work in place, got {function!r}. Use inplace=True here instead.")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum!r}.")
+        if not 0 <= bounds[0] < 1 < bounds[1]:
+            raise ValueError(f"bounds must be (L, U) with 0 <= L < 1 < U, got {bounds!r}.")
+        if max_rejections < 0:
+            raise ValueError(f"max_rejections must be >= 0, got {max_rejections!r}.")
+        self.function = function
+        self.momentum = momentum
+        self.bounds = (float(bounds[0]), float(bounds[1]))
+        self.max_rejections = max_rejections
+        self.inplace = inplace
+        self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))  # 1-d: FSDP shards it
+        self.register_buffer("running_mean", torch.zeros((), device=device))
+        self.register_buffer("running_rho", torch.ones((), device=device))
+        self.register_buffer("running_rho_prime", torch.ones((), device=device))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self.register_buffer("num_rejected", torch.zeros((), dtype=torch.long, device=device))
+
+    @property
+    def scale(self) -> Tensor:
+        """λ + f(α) with f(α) = 0.3 tanh α, 0-dimensional."""
+        factor = normalization_factor(self.running_rho, self.running_rho_prime)
+        return factor + 0.3 * torch.tanh(self.alpha.squeeze())
+
+    @property
+    def shift(self) -> Tensor:
+        """μ, 0-dimensional."""
+        return self.running_mean
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the activation of ``input``."""
+        x = input.clone() if self.inplace else input
+        y = self.function(x)
+        if self.training:
+            self._track(x, y)
+        normalized = normalize_output(y, self.scale, self.shift)
+        return input.copy_(normalized) if self.inplace else normalized
+
+    @torch.no_grad()
+    def _track(self, x: Tensor, y: Tensor) -> None:
+        """Update the running values with a batch: input ``x``, output ``y`` of the plain function."""
+        # Backward is under way: activation checkpointing runs this forward pass for the second time.
+        if x.numel() == 0 or torch._C._current_graph_task_id() != -1:
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x, y = x.to(wide), y.to(wide)
+            var_y, mean_y = torch.var_mean(y, correction=0)
+            gain = var_y / x.var(correction=0)
+            gain_prime = rho_prime(slope(self.function, x))
+            self._update(*(value.to(self.running_mean.dtype) for value in (mean_y, gain, gain_prime)))
+
+    def _update(self, batch_mean: Tensor, batch_rho: Tensor, batch_rho_prime: Tensor) -> None:
+        """Apply Eq. 16-18 to the buffers, without a data-dependent branch (no host sync)."""
+        usable = (batch_rho > _SMALLEST_GAIN) & (batch_rho_prime > _SMALLEST_GAIN)
+        usable &= (batch_mean + batch_rho + batch_rho_prime).isfinite()
+        follow = partial(update_running, momentum=self.momentum, bounds=self.bounds)
+        next_rho, rho_accepted = follow(self.running_rho, batch_rho)
+        next_rho_prime, rho_prime_accepted = follow(self.running_rho_prime, batch_rho_prime)
+        rejected = ~(rho_accepted & rho_prime_accepted)
+        restart = (self.num_batches_tracked == 0) | (rejected & (self.num_rejected >= self.max_rejections))
+        for running, batch, following in (
+            (self.running_mean, batch_mean, self.running_mean.lerp(batch_mean, self.momentum)),
+            (self.running_rho, batch_rho, next_rho),
+            (self.running_rho_prime, batch_rho_prime, next_rho_prime),
+        ):
+            running.copy_(torch.where(usable, torch.where(restart, batch, following), running))
+        in_a_row = torch.where(rejected & ~restart, self.num_rejected + 1, 0)
+        self.num_rejected.copy_(torch.where(usable, in_a_row, self.num_rejected))
+        self.num_batches_tracked.add_(usable)
+
+    def extra_repr(self) -> str:
+        """Options as keyword arguments."""
+        function = [] if isinstance(self.function, nn.Module) else [getattr(self.function, "__name__", "?")]
+        options = [
+            f"momentum={self.momentum}",
+            f"bounds={self.bounds}",
+            f"max_rejections={self.max_rejections}",
+        ]
+        return ", ".join(function + options + (["inplace=True"] if self.inplace else []))
+
+
+class NReLU(NormalizedActivation):
+    """Normalized ReLU, Eq. 33-37 of ANAct: ρ′ = P(x > 0). Options: see :class:`NormalizedActivation`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(F.relu, **options)
+
+
+class NSwish(NormalizedActivation):
+    """Normalized Swish (SiLU), Eq. 38-42 of ANAct. Options: see :class:`NormalizedActivation`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(F.silu, **options)
+
+
+class NLeakyReLU(NormalizedActivation):
+    """Normalized LeakyReLU with slope 0.01. Options: see :class:`NormalizedActivation`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(F.leaky_relu, **options)

@@ -1,0 +1,94 @@
+"""Two processes under Lightning's DDP strategy (gloo, CPU)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import loader, quiet_trainer, scalars
+
+from lightning_noisy import GradientNoise
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    environment.pop("PL_GLOBAL_SEED", None)
+    script = str(HERE / "ddp_runs.py")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        str(folder),
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder
+
+
+def states(out, name):
+    return [torch.load(out / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The script as a module, for the same model and data in this one process."""
+    monkeypatch.syspath_prepend(str(HERE))
+    import ddp_runs
+
+    return ddp_runs
+
+
+@pytest.mark.slow
+def test_ranks_add_the_noise_of_one_process_whatever_their_random_state(out, runs):
+    first, second = states(out, "zero")
+    model = runs.zero_model()
+    quiet_trainer(callbacks=[GradientNoise(eta=1.0, seed=0)]).fit(model, loader(runs.batches_of(0)))
+    assert equal(first, second)
+    assert equal(first, model.state_dict())
+    assert first["net.weight"].count_nonzero() == 24
+
+
+@pytest.mark.slow
+def test_ranks_share_a_seed_that_is_drawn(out):
+    assert equal(*states(out, "unseeded"))
+    seeds = [torch.load(out / f"drawn-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert seeds[0] == seeds[1]
+    assert not equal(states(out, "unseeded")[0], states(out, "zero")[0])
+
+
+@pytest.mark.slow
+def test_swapped_model_has_equal_parameters_on_all_ranks(out):
+    first, second = states(out, "swap")
+    parameters = [name for name in first if "running" not in name and "num_" not in name]
+    assert equal({name: first[name] for name in parameters}, {name: second[name] for name in parameters})
+    assert first["net.1.alpha"] != 0
+
+
+@pytest.mark.slow
+def test_monitor_pools_unequal_ranks_like_one_process(out, runs):
+    h = np.concatenate([x.double().numpy().ravel() for rank in (0, 1) for x, _ in runs.batches_of(rank)])
+    slope = 1 - np.tanh(h) ** 2
+    expected = {
+        "rho/net.0": (np.tanh(h) ** 2).mean() / h.var(),
+        "rho_prime/net.0": (slope**2).mean(),
+        "saturation/net.0": (slope < 0.05).mean(),
+        "sparsity/net.0": (h <= 0).mean(),
+    }
+    logged = scalars(out / "events")
+    for tag, value in expected.items():
+        assert logged[tag] == [(1, pytest.approx(value, rel=1e-5))], tag

@@ -1,0 +1,352 @@
+import copy
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import SpySGD, all_equal
+from torch import nn
+
+from lightning_noisy import add_gradient_noise
+from lightning_noisy.functional import add_gaussian_, stream_key
+from lightning_noisy.schedules import Constant, InverseDecay
+
+
+def zero_gradient_sgd(*shapes, lr=1.0, cls=torch.optim.SGD):
+    """Parameters at zero with zero gradients: after a step with lr 1 they hold minus the noise."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameters, cls(parameters, lr=lr)
+
+
+def test_noise_has_the_standard_deviation_of_the_schedule():
+    (w,), optimizer = zero_gradient_sgd(200_000, lr=0.0, cls=SpySGD)
+    add_gradient_noise(optimizer, InverseDecay(eta=0.3))
+    for _ in range(100):
+        w.grad.zero_()
+        optimizer.step()
+    # A standard error is 0.0016 of sigma. With eta as sigma the ratio would be 0.55.
+    for t, std in ((0, 0.3**0.5), (1, 0.45266548), (99, 0.15436919)):
+        assert optimizer.seen[t][0].std().item() == pytest.approx(std, rel=0.006)
+
+
+def test_noise_is_the_documented_function_of_seed_stream_name_and_step():
+    model = nn.Linear(30, 7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(0.5), seed=3, stream="x", model=model)
+    handle.load_state_dict({"seed": 3, "step": 11})
+    start = model.weight.detach().clone()
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    expected = add_gaussian_(torch.zeros(7, 30), 0.5, stream_key(3, "x", "weight", 11))
+    torch.testing.assert_close(start - model.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"stream": 1}])
+def test_noise_differs_between_seeds_streams_parameters_and_steps(changed):
+    def run(**options):
+        parameters, optimizer = zero_gradient_sgd(5000, 5000)
+        add_gradient_noise(optimizer, Constant(1.0), **options)
+        optimizer.step()
+        first = [p.detach().clone() for p in parameters]
+        for p in parameters:
+            p.grad.zero_()
+        optimizer.step()
+        return first + [p.detach() - f for p, f in zip(parameters, first, strict=True)]
+
+    draws = torch.stack(run() + run(**changed))
+    off_diagonal = np.corrcoef(draws.numpy()) - np.eye(8)
+    assert np.abs(off_diagonal).max() < 4.5 / 5000**0.5
+
+
+def test_noise_uses_the_optimizers_own_parameter_names_first():
+    named = nn.Linear(4, 4)
+    optimizers = [
+        torch.optim.SGD(named.named_parameters(), lr=1.0),
+        torch.optim.SGD(named.parameters(), lr=1.0),
+    ]
+    results = []
+    for optimizer, model in zip(optimizers, (None, named), strict=True):
+        nn.init.zeros_(named.weight)
+        named.weight.grad = torch.zeros_like(named.weight)
+        with add_gradient_noise(optimizer, Constant(1.0), model=model):
+            optimizer.step()
+        results.append(named.weight.detach().clone())
+    assert torch.equal(*results)
+    assert results[0].any()
+
+
+def test_noise_ignores_the_wrappers_in_names():
+    def run(model):
+        model = model(nn.Sequential(nn.Linear(4, 4)))
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        add_gradient_noise(optimizer, Constant(1.0), model=model)
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    assert all_equal(run(lambda model: model), run(torch.compile))
+
+
+def test_noise_of_the_others_stays_when_a_parameter_group_is_added():
+    def run(*, late):
+        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.SGD([model[1].weight], lr=1.0)
+        handle = add_gradient_noise(optimizer, Constant(1.0), model=model)
+        optimizer.step()
+        if late:
+            optimizer.add_param_group({"params": [model[0].weight]})
+        optimizer.step()
+        return model, handle
+
+    (alone, _), (grown, handle) = run(late=False), run(late=True)
+    assert torch.equal(alone[1].weight, grown[1].weight)
+    assert grown[0].weight.any()
+    assert handle.step == 2
+
+
+def test_noise_counts_a_tied_parameter_once():
+    tied = nn.Linear(300, 300, bias=False)
+    model = nn.Sequential(tied, tied)
+    nn.init.zeros_(tied.weight)
+    tied.weight.grad = torch.zeros_like(tied.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    add_gradient_noise(optimizer, Constant(1.0), model=model)
+    optimizer.step()
+    assert tied.weight.std().item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_noise_creates_no_gradient_and_a_step_without_any_does_not_count():
+    (w, frozen), optimizer = zero_gradient_sgd(10, 10)
+    frozen.grad = None
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    optimizer.step()
+    assert (frozen.grad, handle.step) == (None, 1)
+    w.grad = None
+    optimizer.step()
+    assert (w.grad, handle.step) == (None, 1)
+
+
+def test_noise_is_added_in_place():
+    (w,), optimizer = zero_gradient_sgd(10)
+    pointer, gradient = w.grad.data_ptr(), w.grad
+    add_gradient_noise(optimizer, Constant(1.0))
+    optimizer.step()
+    assert w.grad is gradient
+    assert w.grad.data_ptr() == pointer
+
+
+def test_noise_leaves_every_global_random_state():
+    _, optimizer = zero_gradient_sgd(100)
+    add_gradient_noise(optimizer, Constant(1.0))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_zero_noise_changes_no_bit():
+    (w,), optimizer = zero_gradient_sgd(100)
+    w.grad = torch.linspace(-1, 1, 100)
+    plain = w.detach() - w.grad
+    add_gradient_noise(optimizer, InverseDecay(eta=0))
+    optimizer.step()
+    assert torch.equal(w.detach(), plain)
+
+
+def test_noise_with_a_closure_comes_after_the_backward_pass_in_it():
+    w = nn.Parameter(torch.zeros(100_000))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    add_gradient_noise(optimizer, Constant(0.5))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (3 * w).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 0
+    assert w.mean().item() == pytest.approx(-3, abs=0.01)
+    assert w.std().item() == pytest.approx(0.5, rel=0.01)
+
+
+def test_noise_is_the_same_in_every_evaluation_of_an_lbfgs_step():
+    w = nn.Parameter(torch.ones(50))
+    optimizer = torch.optim.LBFGS([w], lr=0.1, max_iter=4, tolerance_change=0)
+    handle = add_gradient_noise(optimizer, Constant(0.3))
+    plain, noisy = [], []
+
+    def closure():
+        if w.grad is not None:
+            noisy.append(w.grad.clone())  # of the evaluation before
+        optimizer.zero_grad()
+        loss = (w**2).sum()
+        loss.backward()
+        plain.append(w.grad.clone())
+        return loss
+
+    optimizer.step(closure)
+    noisy.append(w.grad.clone())
+    noises = [b - a for a, b in zip(plain, noisy, strict=True)]
+    assert len(noises) >= 3
+    assert handle.step == 1
+    for noise in noises:
+        torch.testing.assert_close(noise, noises[0], rtol=0, atol=1e-6)
+    assert noises[0].std() > 0.2
+
+
+class Nested(torch.optim.SGD):
+    """torch wraps this step and SGD's, so the hooks of one call fire twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Twice(torch.optim.SGD):
+    """Two updates in one step."""
+
+    def step(self, closure=None):
+        super().step()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [Nested, SpySGD, Twice])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_noise_is_added_once_although_a_subclass_calls_its_base(cls, with_closure):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # from here on torch wraps SGD.step, too
+    (w,), optimizer = zero_gradient_sgd(100_000, cls=cls)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    optimizer.step(lambda: torch.zeros(())) if with_closure else optimizer.step()
+    assert w.grad.std().item() == pytest.approx(1.0, rel=0.01)
+    assert handle.step == 1
+
+
+def test_noise_goes_on_after_an_exception_in_a_step():
+    (w,), optimizer = zero_gradient_sgd(1000, cls=Nested)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+
+    def closure():
+        raise RuntimeError("out of memory, say")
+
+    with pytest.raises(RuntimeError, match="say"):
+        optimizer.step(closure)
+    assert handle.step == 0
+    optimizer.step()
+    assert handle.step == 1
+    assert w.grad.std() > 0.9
+
+
+def test_noise_of_one_optimizer_may_step_inside_the_step_of_another():
+    (outer,), outer_optimizer = zero_gradient_sgd(1000)
+    (inner,), inner_optimizer = zero_gradient_sgd(1000)
+    handles = [add_gradient_noise(o, Constant(1.0), stream=i) for i, o in enumerate((outer_optimizer, inner_optimizer))]
+    outer_optimizer.step(lambda: inner_optimizer.step())
+    assert [handle.step for handle in handles] == [1, 1]
+    assert outer.grad.std() > 0.9
+    assert inner.grad.std() > 0.9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, foreach=True),
+        lambda p: torch.optim.Adam(p, fused=True),
+        lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.RMSprop(p),
+        lambda p: torch.optim.AdamW(p, maximize=True),
+    ],
+)
+def test_noise_reaches_every_kind_of_optimizer(make):
+    w = nn.Parameter(torch.zeros(1000))
+    optimizer = make([w])
+    add_gradient_noise(optimizer, Constant(1.0))
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert w.count_nonzero() == 1000
+
+
+def test_noise_on_gradients_equals_noise_on_weights_with_plain_sgd_and_not_with_momentum():
+    # Neelakantan et al., Section 1.
+    def run(momentum, noise_on):
+        w = nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64))
+        optimizer = torch.optim.SGD([w], lr=0.1, momentum=momentum)
+        if noise_on == "gradients":
+            add_gradient_noise(optimizer, Constant(1.0))
+        for t in range(5):
+            optimizer.zero_grad()
+            (w**2).sum().backward()
+            optimizer.step()
+            if noise_on == "weights":
+                with torch.no_grad():
+                    add_gaussian_(w, -0.1, stream_key(0, 0, "#0", t))
+        return w.detach()
+
+    torch.testing.assert_close(run(0.0, "gradients"), run(0.0, "weights"), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(run(0.9, "gradients"), run(0.9, "weights"), atol=0.01)
+
+
+def test_resumed_noise_equals_uninterrupted_noise():
+    def run(stops):
+        (w,), optimizer = zero_gradient_sgd(100)
+        handle = add_gradient_noise(optimizer, InverseDecay(1.0), seed=5)
+        for t in range(6):
+            w.grad.zero_()
+            optimizer.step()
+            if t in stops:
+                state = pickle.loads(pickle.dumps(handle.state_dict()))
+                handle.remove()
+                handle = add_gradient_noise(optimizer, InverseDecay(1.0))
+                handle.load_state_dict(state)
+        return w.detach()
+
+    assert torch.equal(run(stops=()), run(stops=(1, 3)))
+
+
+def test_removed_noise_is_gone_and_removing_again_is_harmless():
+    (w,), optimizer = zero_gradient_sgd(10)
+    with add_gradient_noise(optimizer, Constant(1.0)) as handle:
+        pass
+    handle.remove()
+    optimizer.step()
+    assert not w.any()
+
+
+def test_copies_of_an_optimizer_have_no_noise():
+    _, optimizer = zero_gradient_sgd(10)
+    add_gradient_noise(optimizer, Constant(1.0))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (w,) = twin.param_groups[0]["params"]
+        w.grad = torch.zeros_like(w)
+        twin.step()
+        assert not w.any()
+
+
+def test_bad_arguments_are_refused_with_the_reason():
+    _, optimizer = zero_gradient_sgd(10)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got 1"):
+        add_gradient_noise(1, Constant(1.0))
+    with pytest.raises(TypeError, match="schedule must be callable"):
+        add_gradient_noise(optimizer, 0.1)
+    handle = add_gradient_noise(optimizer, lambda t: -1.0)
+    with pytest.raises(ValueError, match=r"finite standard deviation >= 0, got -1.0 at step 0"):
+        optimizer.step()
+    assert handle.step == 0
+
+
+def test_sparse_gradients_are_refused_before_any_noise_is_added():
+    embedding, dense = nn.Embedding(10, 3, sparse=True), nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.SGD([dense, *embedding.parameters()], lr=1.0)
+    add_gradient_noise(optimizer, Constant(1.0))
+    embedding(torch.tensor([1])).sum().backward()
+    dense.grad = torch.zeros_like(dense)
+    with pytest.raises(TypeError, match=r"needs dense gradients.*sparse=False"):
+        optimizer.step()
+    assert not dense.grad.any()

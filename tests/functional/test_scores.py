@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+
+from lightning_noisy.functional import anact_score, largest_slope, normalization_factor, rho, rho_prime, slope
+from lightning_noisy.nn.registry import PLAIN
+
+
+def test_rho_and_rho_prime_of_relu_on_normal_input_are_one_half():
+    h = torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = h.relu()
+    assert rho(h.var(), y.mean(), y.var()).item() == pytest.approx(0.5, abs=0.003)
+    assert rho_prime(slope(torch.relu, h)).item() == pytest.approx(0.5, abs=0.002)
+
+
+def test_normalization_factor_of_relu_at_standard_normal_is_the_closed_form():
+    # Var[relu(x)] = 1/2 - 1/(2 pi) and P(x > 0) = 1/2.
+    factor = normalization_factor(torch.tensor(0.5 - 0.5 / math.pi).double(), torch.tensor(0.5).double())
+    assert factor.item() == pytest.approx(1.5707, abs=5e-5)
+    assert factor.item() == pytest.approx(math.sqrt((1 - 0.5 / math.pi) / (0.5 - 0.5 / math.pi)), rel=1e-6)
+
+
+def test_anact_score_is_zero_only_at_unit_gains():
+    one = torch.ones(3)
+    assert anact_score(one, one).item() == 0
+    assert anact_score(one, torch.tensor([1.0, math.e, 1.0])).item() == pytest.approx(0.5)
+    assert anact_score(torch.tensor([math.e**-2]), torch.tensor([1.0])).item() == pytest.approx(1.0)
+    assert anact_score(one, torch.tensor([1.0, 0.0, 1.0])).item() == math.inf
+
+
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - {"rrelu"}))
+def test_slope_equals_a_central_difference(name):
+    function = PLAIN[name]().double()
+    x = torch.tensor([-7.3, -2.6, -1.2, -0.41, -0.2, 0.13, 0.77, 1.4, 2.7, 5.1], dtype=torch.float64)
+    difference = (function(x + 1e-6) - function(x - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope(function, x), difference.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_slope_of_swish_is_not_the_misprint_of_the_paper():
+    x = torch.tensor([2.0], dtype=torch.float64)
+    s, y = torch.sigmoid(x), x * torch.sigmoid(x)
+    torch.testing.assert_close(slope(torch.nn.functional.silu, x), y + s * (1 - y))
+    assert not torch.allclose(slope(torch.nn.functional.silu, x), y + y * (1 - y))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_slope_changes_neither_input_nor_random_state(inplace):
+    x = torch.tensor([-1.0, -0.5, 2.0])
+    before = torch.get_rng_state()
+    for function in (
+        torch.nn.RReLU(inplace=inplace),
+        torch.nn.ELU(inplace=inplace),
+        torch.nn.ReLU(inplace=inplace),
+    ):
+        result = slope(function, x)
+        assert not result.requires_grad
+        assert result[2] == 1
+    assert x.tolist() == [-1.0, -0.5, 2.0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_slope_reads_the_options_of_a_module():
+    assert slope(torch.nn.LeakyReLU(0.3), torch.tensor([-1.0])).item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(torch.tanh, 1.0), (torch.sigmoid, 0.25), (torch.relu, 1.0), (torch.nn.SELU(), 1.0507 * 1.6733)],
+)
+def test_largest_slope_equals_the_closed_form(function, expected):
+    assert largest_slope(function).item() == pytest.approx(expected, rel=0.01)

@@ -1,0 +1,94 @@
+"""What several tests need: a small Lightning model, a quiet Trainer, an optimizer that shows its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tensorboard.backend.event_processing.event_accumulator import (
+    STORE_EVERYTHING_SIZE_GUIDANCE,
+    EventAccumulator,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+class SpySGD(torch.optim.SGD):
+    """SGD that keeps a copy of the gradients of every step, as the update sees them."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.seen: list[list[Tensor | None]] = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = closure() if closure is not None else None
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        self.seen.append([None if g is None else g.detach().clone() for g in grads])
+        super().step()
+        return loss
+
+
+class Net(L.LightningModule):
+    """A classifier of rows of 8 floats into 3 classes; `optimizer` makes its optimizer from the parameters."""
+
+    def __init__(self, net: nn.Module | None = None, optimizer: Callable[..., Any] = SpySGD) -> None:
+        super().__init__()
+        self.net = net or nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.parameters())
+
+
+def batches(count: int, size: int = 4, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Reproducible batches for `Net`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 8, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def loader(data: list[Any]) -> DataLoader:
+    """A loader of batches that are batches already."""
+    return DataLoader(data, batch_size=None)
+
+
+def quiet_trainer(**options: Any) -> L.Trainer:
+    """A CPU Trainer without output, logger or checkpoints, unless `options` says otherwise."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return L.Trainer(**{**defaults, **options})
+
+
+def scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """All scalars of a TensorBoard event file: tag -> [(step, value), ...]."""
+    events = EventAccumulator(str(folder), size_guidance=STORE_EVERYTHING_SIZE_GUIDANCE).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Bit equality of two lists of tensors of the same length."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
