@@ -21,7 +21,7 @@ class ActivationMonitor(pl.Callback):
     For every activation module, plain or swapped, over the training batches since the last logging step:
 
     ===================== ====================================================================================
-    ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Peiwen et al., "ANAct", 2022)
+    ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Yuan et al., "ANAct", 2022)
     ``rho_prime/<site>``  :math:`E[\varphi'(h)^2]` (Eq. 6)
     ``saturation/<site>`` share of elements with a slope flatter than ``saturation_threshold`` times the
                           function's largest (Gulcehre et al., "Noisy Activation Functions", 2016, Def. 2.2)

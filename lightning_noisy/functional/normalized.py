@@ -1,4 +1,4 @@
-"""The formulas of Peiwen et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
+"""The formulas of Yuan et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ __all__ = ["anact_score", "rho", "rho_prime"]
 def rho(input_var: Tensor, output_mean: Tensor, output_var: Tensor) -> Tensor:
     r"""Gain of the signal, from the moments of an activation's input and output.
 
-    :math:`\rho = E[\varphi(h)^2] / \mathrm{Var}[h]`, Eq. 5 of Peiwen et al., "ANAct: Adaptive
+    :math:`\rho = E[\varphi(h)^2] / \mathrm{Var}[h]`, Eq. 5 of Yuan et al., "ANAct: Adaptive
     Normalization for Activation Functions" (2022).
 
     Args:

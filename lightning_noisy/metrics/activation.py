@@ -21,7 +21,7 @@ class ActivationStatistics(Metric):
     state is one tensor of sums, so that a synchronization is one reduction, however many sites there are.
 
     ===================== ===============================================================================
-    ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Peiwen et al., "ANAct", 2022)
+    ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Yuan et al., "ANAct", 2022)
     ``rho_prime/<site>``  :math:`E[\varphi'(h)^2]` (Eq. 6)
     ``anact_score``       :math:`\sum (|\ln\rho| + |\ln\rho'|) / 2` over the sites (Eq. 22)
     ``saturation/<site>`` share of elements with :math:`|\varphi'(h)|` below the threshold

@@ -1,4 +1,4 @@
-"""Normalized activations of Peiwen et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
+"""Normalized activations of Yuan et al., "ANAct: Adaptive Normalization for Activation Functions" (2022)."""
 
 from __future__ import annotations
 
