@@ -274,7 +274,7 @@ def test_replace_refuses_models_that_cannot_be_changed():
         replace_activations(nn.DataParallel(mlp()), "nsw")
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_replace_refuses_a_scripted_model():
     with pytest.raises(ValueError, match=r"before torch\.jit\.script"):
         replace_activations(torch.jit.script(mlp()), "nsw")
