@@ -115,7 +115,7 @@ def read_idx(folder: Path, name: str) -> Tensor:
         zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
         shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
         body = raw[4 + 4 * dimensions :]
-        if zero or kind != 8 or len(body) != torch.Size(shape).numel():
+        if zero or kind != 8 or not body or len(body) != torch.Size(shape).numel():
             raise ValueError(f"{len(body)} bytes for shape {shape}")
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise SystemExit(f"--data: {path} is damaged, or no idx file of bytes: {error}.") from None
@@ -261,6 +261,8 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that it runs, not more")
     options = parser.parse_args()
+    if options.out.exists() and not options.out.is_dir():
+        raise SystemExit(f"--out: {options.out} is not a directory.")
     data = load_digits() if options.data is None else load_mnist(options.data)
     # Lightning's remarks on idle hardware and loader workers, which are right, and beside the point here.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

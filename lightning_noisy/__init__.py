@@ -1,6 +1,9 @@
 """Annealed gradient noise, normalized activations and a monitor of what they do, for any Lightning model."""
 
-from lightning_noisy import functional, metrics, nn, schedules
+from lightning_noisy import functional as functional
+from lightning_noisy import metrics as metrics
+from lightning_noisy import nn as nn
+from lightning_noisy import schedules as schedules
 from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise
 from lightning_noisy.engine.gradient_noise import add_gradient_noise
 from lightning_noisy.engine.replace import replace_activations
@@ -8,15 +11,12 @@ from lightning_noisy.engine.sites import activation_sites
 
 __version__ = "0.1.0"
 
+# The submodules are public, too; not here, since `import *` is not to hide `torch.nn`.
 __all__ = [
     "ActivationMonitor",
     "ActivationReplacement",
     "GradientNoise",
     "activation_sites",
     "add_gradient_noise",
-    "functional",
-    "metrics",
-    "nn",
     "replace_activations",
-    "schedules",
 ]

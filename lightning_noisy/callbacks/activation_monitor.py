@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,7 +72,8 @@ class ActivationMonitor(pl.Callback):
                 category=UserWarning,
             )
             return
-        recorder.statistics.to(pl_module.device)
+        if pl_module.device.type != "mps":  # which has no float64
+            recorder.statistics.to(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -97,12 +99,24 @@ class ActivationMonitor(pl.Callback):
         def sum_over_ranks(sums: Tensor, group: Any = None) -> list[Tensor]:
             return [trainer.strategy.reduce(sums.clone(), reduce_op="sum")]  # one reduction, not a gathering
 
-        with statistics.sync_context(dist_sync_fn=sum_over_ranks):
+        # torchmetrics warns if no site was called on this rank: the NaN that is logged says so, too.
+        with warnings.catch_warnings(), statistics.sync_context(dist_sync_fn=sum_over_ranks):
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             values = statistics.compute()
         numbers = torch.stack(list(values.values())).tolist()  # the one host sync
         log_scalars(trainer, dict(zip(values, numbers, strict=True)), step)
         statistics.reset()
         self._recorded = 0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop recording if a batch was skipped, and has no end."""
+        if self._recorder is not None:
+            self._recorder.detach()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop recording if a batch was skipped, and has no end."""
+        if self._recorder is not None:
+            self._recorder.detach()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave nothing on the model."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -34,9 +37,12 @@ class ActivationReplacement(pl.Callback):
     def __init__(self, to: Replacement) -> None:
         check_replacement(to)
         self.to = to
+        self._replaced: weakref.ref[pl.LightningModule] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap."""
+        """Swap, unless this model is swapped already."""
+        if self._replaced is not None and self._replaced() is pl_module:
+            return
         if is_overridden("configure_model", pl_module):
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} builds layers in configure_model, after callbacks are set up, so"
@@ -44,3 +50,7 @@ class ActivationReplacement(pl.Callback):
                 " before the layers are sharded."
             )
         replace_activations(pl_module, self.to)
+        self._replaced = weakref.ref(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_replaced": None}

@@ -29,7 +29,7 @@ class GradientNoise(pl.Callback):
     same, a resumed run goes on as if it had not stopped, and the global random states are not touched.
 
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
-    need different schedules, and their noises are independent.
+    need schedules of different classes or values, and their noises are independent.
 
     Logs σ of the last step as ``gradient_noise/std`` (``gradient_noise/std/<index>`` with several optimizers) to
     every logger, at the Trainer's logging steps.
@@ -64,7 +64,8 @@ class GradientNoise(pl.Callback):
         self.schedule: Schedule = decay if schedule is None else schedule
         self.seed = seed
         self._instance = 0
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
+        self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
         self._handles: list[GradientNoiseHandle] = []
 
     @property
@@ -75,11 +76,12 @@ class GradientNoise(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out which of the Trainer's instances this is: each has a stream of its own."""
-        self._instance = next(i for i, callback in enumerate(_instances(trainer)) if callback is self)
+        self._instance = next((i for i, callback in enumerate(_instances(trainer)) if callback is self), 0)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
+        self._final = []
         seed = self.seed
         if seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED") or trainer.strategy.broadcast(secrets.randbits(32)))
@@ -110,6 +112,7 @@ class GradientNoise(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the noise off the optimizers."""
         self._detach()
+        self._restored = None  # a validation's checkpoint is not the next fit's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the noise off the optimizers."""
@@ -117,7 +120,7 @@ class GradientNoise(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and t of each optimizer's noise: plain numbers."""
-        return {"optimizers": [handle.state_dict() for handle in self._handles]}
+        return {"optimizers": [handle.state_dict() for handle in self._handles] or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; the optimizers may come later."""
@@ -136,6 +139,8 @@ class GradientNoise(pl.Callback):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._restored = None
+        if not state["optimizers"]:
+            return  # written before there was a fit, by a tuner for one
         if len(state["optimizers"]) != len(self._handles):
             rank_zero_warn(
                 f"The checkpoint has gradient noise of {len(state['optimizers'])} optimizers, and there are"
@@ -152,6 +157,8 @@ class GradientNoise(pl.Callback):
             handle.load_state_dict(saved)
 
     def _detach(self) -> None:
+        if self._handles:
+            self._final = [handle.state_dict() for handle in self._handles]
         for handle in self._handles:
             handle.remove()
         self._handles = []

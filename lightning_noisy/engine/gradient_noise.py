@@ -47,6 +47,7 @@ def add_gradient_noise(
 
     Raises:
         TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
+        ValueError: if the optimizer has noise of the same seed and stream already.
 
     >>> weight = nn.Parameter(torch.zeros(1000))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -80,11 +81,18 @@ class GradientNoiseHandle:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
         if not callable(schedule):
             raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
+        self._seed = seed
+        self._stream = stream
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, GradientNoiseHandle) and (other._seed, other._stream) == (seed, stream):
+                raise ValueError(
+                    f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
+                    " double it. Remove that first, or pass another seed or stream."
+                )
         self.step = 0
         self.std: float | None = None
         self._schedule = schedule
-        self._seed = seed
-        self._stream = stream
         self._model = model
         self._names: dict[nn.Parameter, str] = {}
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
@@ -147,6 +155,11 @@ class GradientNoiseHandle:
     @torch.no_grad()
     def _add_noise(self, optimizer: Optimizer) -> None:
         """Add the noise of the present t to every gradient of the optimizer."""
+        # Set while a gradient scaler leaves the unscaling, and the skipping, to a fused step.
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None and overflow.item():
+            return
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if grad_scale is None else grad_scale.item()
         std = float(self._schedule(self.step))
         if not 0 <= std < float("inf"):
             raise ValueError(
@@ -161,7 +174,7 @@ class GradientNoiseHandle:
                     " (sparse=False) or an unsharded strategy such as DDP."
                 )
         for name, gradient in noisy:
-            add_gaussian_(gradient, std, stream_key(self._seed, self._stream, name, self.step))
+            add_gaussian_(gradient, std * scale, stream_key(self._seed, self._stream, name, self.step))
         if noisy:
             self._added, self.std = True, std
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_noisy.engine.sites import activation_sites
-from lightning_noisy.functional.slopes import largest_slope, slope
+from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.metrics.activation import ActivationStatistics
 from lightning_noisy.nn.normalized import NormalizedActivation
 
@@ -22,7 +23,8 @@ class ActivationRecorder:
 
     Between :meth:`attach` and :meth:`detach` the modules carry forward hooks; at other times nothing of it is
     left on the model. Values and gradients of the model, its running values and the global random state are
-    as without it. The second forward pass of activation checkpointing is not recorded.
+    as without it. The second forward pass of activation checkpointing is not recorded. An activation that can't be
+    measured, such as one that takes more than its input, is left out with a warning.
 
     The statistics are those of the activation as it stands, a normalized one with its scale and shift. Two of
     them are judged by the plain function below it: an element is saturated when the function's slope is
@@ -50,6 +52,7 @@ class ActivationRecorder:
         self._modules = {name: module for module, name in modules.items()}
         self._threshold = saturation_threshold
         self._hooks: list[RemovableHandle] = []
+        self._failed: set[str] = set()
         self._inputs: dict[str, Tensor] = {}  # copies for modules that overwrite their input, during the call
         self.statistics = ActivationStatistics(list(self._modules), sync_on_compute=False)
 
@@ -91,22 +94,31 @@ class ActivationRecorder:
         h = self._inputs.pop(name, None)
         h = _argument(args, kwargs).detach() if h is None else h
         # Backward is under way: activation checkpointing runs this forward pass for the second time.
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or name in self._failed:
             return
+        try:
+            self._measure(name, module, h, output)
+        except Exception as error:  # whatever a user's module may raise: watching must not end a training
+            self._failed.add(name)
+            warnings.warn(f"The activation {name!r} can't be measured, and is left out: {error}", stacklevel=2)
+
+    def _measure(self, name: str, module: nn.Module, h: Tensor, output: Tensor) -> None:
+        """Add one call to the statistics."""
         with torch.autocast(h.device.type, enabled=False):
             function: Callable[[Tensor], Tensor] = module
             scale = torch.ones((), device=h.device)
-            plain = output
+            inactive = output <= 0
             if isinstance(module, NormalizedActivation):
                 function, scale = module.function, module.scale
-                plain = output / scale + module.shift
+                with side_effect_free(function, h) as evaluate:
+                    inactive = evaluate(h) <= 0
             plain_slope = slope(function, h)
             self.statistics.update(
                 name,
                 input=h,
                 output=output,
                 slope=plain_slope * scale,
-                inactive=plain <= 0,
+                inactive=inactive,
                 saturation_threshold=self._threshold * largest_slope(function, device=h.device) * scale.abs(),
             )
 

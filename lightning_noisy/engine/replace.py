@@ -6,13 +6,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_noisy.engine.sites import SQUASHING, ActivationSite, ActivationSites, activation_sites
+from lightning_noisy.engine.sites import GATE_OR_OUTPUT, ActivationSite, ActivationSites, activation_sites
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
 
@@ -22,8 +23,7 @@ __all__ = ["Replacement", "check_replacement", "replace_activations"]
 _New = str | type[nn.Module] | Callable[[ActivationSite], nn.Module]
 Replacement = _New | Mapping[str, _New]
 
-# What hooks on a module consist of. The replacement takes over the very dictionaries, so that the handles
-# which users hold still remove their hooks.
+# What hooks on a module consist of.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -32,7 +32,6 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
 
 
@@ -53,6 +52,8 @@ def check_replacement(to: Replacement) -> None:
         )
     elif not callable(to):
         raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got {to!r}.")
+    elif getattr(to, "__name__", None) in registry.PLAIN and not inspect.isclass(to):
+        raise TypeError(f"to is a function of tensors, {to!r}. Pass its name, {to.__name__!r}, in its place.")
     elif inspect.isclass(to) and not issubclass(to, nn.Module):
         raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got the class {to!r}.")
 
@@ -66,8 +67,8 @@ def replace_activations(model: nn.Module, to: Replacement) -> nn.Module:
     replaced or, after an error, none.
 
     A mapping replaces the functions that it names. Anything else replaces every activation but those
-    sigmoids and tanhs which may be a gate or an output: the ones whose output isn't the input of a next layer
-    in an ``nn.Sequential`` stay. Name them in a mapping to replace them, too.
+    sigmoids, tanhs and softplus which may be a gate or an output: the ones whose output isn't the input of a
+    next layer in an ``nn.Sequential`` stay. Name them in a mapping to replace them, too.
 
     A module that is called at several places of one forward pass keeps doing so, with one set of running
     values. Calls of functions (``F.relu(x)``) are not replaced.
@@ -102,7 +103,8 @@ def replace_activations(model: nn.Module, to: Replacement) -> nn.Module:
     if not chosen:
         _warn_unchanged(model, sites, to)
         return model
-    replacements = [(site, _make(site, new, model)) for site, new in chosen]
+    heirs: dict[nn.Module, nn.Module] = {}
+    replacements = [(site, _make(site, new, model, heirs)) for site, new in chosen]
     for site, module in replacements:
         if site.name == "":
             return module
@@ -138,18 +140,23 @@ def _choose(site: ActivationSite, to: Replacement) -> _New | None:
     """What the site is replaced with, or None if it stays."""
     if isinstance(to, Mapping):
         return to.get(site.function)
-    return None if site.function in SQUASHING and site.is_gate is None and site.name else to
+    return None if site.function in GATE_OR_OUTPUT and site.is_gate is None and site.name else to
 
 
-def _make(site: ActivationSite, new: _New, model: nn.Module) -> nn.Module:
-    """The module that takes the site's place: the present one, if it is the same already."""
+def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module that takes the site's place: the present one, if it is the same already.
+
+    ``heirs`` has the first replacement of each instance: it inherits the hooks, the others get copies.
+    """
     old = site.module
     # From the owner outwards: the parameters closest to the site.
     path = site.owner.split(".") if site.owner else []
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     neighbours = next((found for module in around if (found := list(module.parameters()))), [])
     module = _instantiate(site, new)
-    if module is old or (type(module) is type(old) and repr(module) == repr(old)):
+    # Only a name or a class says all about a module; two callables may differ in what no repr shows.
+    is_same = isinstance(new, str) or inspect.isclass(new)
+    if module is old or (is_same and type(module) is type(old) and repr(module) == repr(old)):
         return old
     if getattr(old, "inplace", False):
         if not hasattr(module, "inplace"):
@@ -166,8 +173,14 @@ def _make(site: ActivationSite, new: _New, model: nn.Module) -> nn.Module:
         if not any(parameter.requires_grad for parameter in neighbours):
             module.requires_grad_(False)
     module.train(old.training)
-    for name in _HOOKS:
-        setattr(module, name, getattr(old, name))
+    if all(inner is not old for inner in module.modules()):  # else it is still called, hooks and all
+        for name in _HOOKS:
+            if getattr(module, name) or old in heirs:
+                getattr(module, name).update(getattr(old, name))
+            else:  # the very dictionary: handles that users hold go on to remove their hooks
+                setattr(module, name, getattr(old, name))
+        module._is_full_backward_hook = old._is_full_backward_hook
+    heirs.setdefault(old, module)
     return module
 
 
@@ -175,12 +188,23 @@ def _instantiate(site: ActivationSite, new: _New) -> nn.Module:
     if new == "normalized":
         # The function with the site's own options and parameters. A shallow copy, since it may work in place.
         function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
-        if isinstance(function, nn.Module) and hasattr(function, "inplace"):
-            function.inplace = False  # type: ignore[assignment]
+        if isinstance(function, nn.Module):
+            if hasattr(function, "inplace"):
+                function.inplace = False  # type: ignore[assignment]
+            for name in _HOOKS:  # they are the new module's
+                setattr(function, name, type(getattr(function, name))())
         return registry.create("normalized", function=function)
     if isinstance(new, str):
         return registry.create(new)
-    made = new() if inspect.isclass(new) else new(site)
+    if inspect.isclass(new):
+        try:
+            return cast(nn.Module, new())
+        except TypeError as error:
+            raise TypeError(
+                f"{new.__name__} can't be made without arguments ({error}). Pass a function that gives them:"
+                f" lambda site: {new.__name__}(...)"
+            ) from error
+    made = new(site)
     if not isinstance(made, nn.Module):
         raise TypeError(f"The replacement of {site.name!r} must be an nn.Module, got {made!r}.")
     return made

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.nn.registry import function_name
 
 __all__ = ["ActivationSite", "ActivationSites", "activation_sites"]
 
 # Functions that gates and output layers are made of.
-SQUASHING = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softsign", "tanh"})
+GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,21 @@ def activation_sites(model: nn.Module) -> ActivationSites:
 def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> Iterator[ActivationSite]:
     """Sites below ``owner``; ``feeds_on``: owner's output is the input of a next layer."""
     seen.add(owner)
+    chained = type(owner).forward is nn.Sequential.forward
     children = list(owner._modules.items())  # named_children() would pass over the second use of an instance
-    for key, child in children:
-        if child is None:
+    for index, (key, child) in enumerate(children):
+        if child is None or isinstance(child, ParametrizationList):  # whose functions are of weights
             continue
         name = f"{path}.{key}" if path else key
-        child_feeds_on = isinstance(owner, nn.Sequential) and (key != children[-1][0] or feeds_on)
+        # What follows must be a layer: an output may still be reshaped.
+        layer_follows = any(_has_parameters(later) for _, later in children[index + 1 :])
+        child_feeds_on = chained and (layer_follows or feeds_on)
         function = function_name(child)
         if function is not None:  # what an activation consists of is no site of its own
             yield ActivationSite(name, "module", function, path, None, False if child_feeds_on else None, child)
         elif child not in seen:
             yield from _walk(child, name, child_feeds_on, seen)
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,12 @@ def _leaky_relu_slope(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
 
 
+def _prelu_slope(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.numel() > 1:  # one per channel, dimension 1
+        weight = weight.view(-1, *[1] * (x.dim() - 2))
+    return torch.where(x > 0, 1.0, weight.to(x.dtype)).to(x.dtype)
+
+
 def _silu_slope(x: Tensor) -> Tensor:
     # s + y(1 - s) = y + s(1 - y) with s = sigmoid(x), y = x s; ANAct's Eq. 40 and 42 misprint it.
     s = torch.sigmoid(x)
@@ -33,18 +40,30 @@ def _identity(tensor: Tensor) -> Tensor:
 
 def _autograd_slope(function: Elementwise, x: Tensor) -> Tensor:
     # Hooks of an outer context, such as activation checkpointing, are not to count what is saved here.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
-        leaf = x.detach().requires_grad_()
-        # The copy lets functions that work in place do so: autograd refuses that on a leaf.
+    hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
+        leaf = x.clone().detach().requires_grad_()
+        # Another copy lets functions that work in place do so: autograd refuses that on a leaf.
         (gradient,) = torch.autograd.grad(function(leaf.clone()).sum(), leaf)
     return gradient
+
+
+@contextmanager
+def side_effect_free(function: Elementwise, x: Tensor) -> Iterator[Elementwise]:
+    """A context for evaluating ``function`` on ``x`` once more: without its hooks, the random state restored."""
+    evaluate = function.forward if isinstance(function, nn.Module) else function
+    if isinstance(function, nn.RReLU) and function.training:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            yield evaluate
+    else:
+        yield evaluate
 
 
 @torch.no_grad()
 def slope(function: Elementwise, x: Tensor) -> Tensor:
     r"""Derivative :math:`\varphi'(x)` of an elementwise function at every element.
 
-    Closed forms for ReLU, LeakyReLU and Swish (SiLU); autograd for everything else. The state of the
+    Closed forms for ReLU, LeakyReLU, PReLU and Swish (SiLU); autograd for everything else. The state of the
     global random generators is as before afterwards, also for a function that draws (RReLU).
 
     Args:
@@ -65,13 +84,12 @@ def slope(function: Elementwise, x: Tensor) -> Tensor:
         return _leaky_relu_slope(x, function.negative_slope)
     if function is F.leaky_relu:
         return _leaky_relu_slope(x)
+    if type(function) is nn.PReLU:
+        return _prelu_slope(x, function.weight)
     if type(function) is nn.SiLU or function is F.silu:
         return _silu_slope(x)
-    if isinstance(function, nn.RReLU) and function.training:
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            return _autograd_slope(function.forward, x)
-    # A module's forward, not its call: its hooks are not meant to see this evaluation.
-    return _autograd_slope(function.forward if isinstance(function, nn.Module) else function, x)
+    with side_effect_free(function, x) as evaluate:
+        return _autograd_slope(evaluate, x)
 
 
 def largest_slope(function: Elementwise, *, device: torch.device | None = None) -> Tensor:
@@ -89,5 +107,5 @@ def largest_slope(function: Elementwise, *, device: torch.device | None = None) 
     >>> largest_slope(torch.sigmoid)
     tensor(0.2500)
     """
-    grid = torch.linspace(-10, 10, 2001, device=device)
+    grid = torch.linspace(-10, 10, 2001, device=device)[:, None]  # (2001, 1): per-channel functions broadcast
     return slope(function, grid).abs().amax()

@@ -101,12 +101,13 @@ class ActivationStatistics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The statistics, ``<statistic>/<site>`` and ``anact_score``: 0-dimensional tensors.
 
-        A site that was not called has NaN, and is left out of the score.
+        A site that was not called has NaN, and is left out of the score, which is NaN if none was.
         """
         count, *sums = self.sums.unbind(-1)
         input_mean, input_square, output_mean, output_square, rho_prime, *shares = (total / count for total in sums)
         gain = rho(input_square - input_mean.square(), output_mean, output_square - output_mean.square())
         called = count > 0
+        score = anact_score(gain[called], rho_prime[called]).where(called.any(), torch.nan)
         table = zip(("rho", "rho_prime", "saturation", "sparsity"), (gain, rho_prime, *shares), strict=True)
         values = {f"{name}/{site}": value[row] for name, value in table for site, row in self._rows.items()}
-        return {**values, "anact_score": anact_score(gain[called], rho_prime[called])}
+        return {**values, "anact_score": score}

@@ -33,8 +33,11 @@ class NormalizedActivation(nn.Module):
     updated values are used; in evaluation mode they are used as they are. They are constants for the
     backward pass. α is learned. A batch whose ρ or ρ′ is out of ``bounds`` leaves that value where it is;
     after ``max_rejections`` such batches in a row the running values are set to the batch's, so that a
-    real shift is not refused for ever. A batch that has no usable gains (empty, constant or non-finite
-    input, all units inactive) changes nothing.
+    real shift is not refused for ever. μ is not filtered (Eq. 16). A batch that has no usable gains (empty,
+    constant or non-finite input, all units inactive) changes nothing.
+
+    Activation checkpointing gives the gradients of the plain run as long as a checkpointed module is called once
+    per backward pass: the second forward pass uses the running values of the last call.
 
     Statistics are computed in float32 (float64 for double precision) over all elements. Under data
     parallelism each process uses its own batch, and DDP copies rank 0's running values to all ranks
@@ -48,7 +51,8 @@ class NormalizedActivation(nn.Module):
         inplace: write the result into the input, as the activation that this one replaces did. It costs
             a copy of the input.
         device: device of the parameter and the buffers.
-        dtype: dtype of the parameter ``alpha``. The running values are float32.
+        dtype: dtype of the parameter ``alpha``. The running values are float32, and stay so in a module that is
+            moved to half precision.
 
     Attributes:
         alpha: the learned α, parameter of shape (1,), 0 at the start.
@@ -92,7 +96,7 @@ class NormalizedActivation(nn.Module):
         super().__init__()
         if not callable(function):
             raise TypeError(f"function must be an elementwise callable, got {function!r}.")
-        if getattr(function, "inplace", False):
+        if getattr(function, "inplace", False) or getattr(function, "__name__", "").endswith("_"):
             raise ValueError(f"function must not work in place, got {function!r}. Use inplace=True here instead.")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum!r}.")
@@ -105,12 +109,20 @@ class NormalizedActivation(nn.Module):
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.max_rejections = max_rejections
         self.inplace = inplace
-        self.alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))  # 1-d: FSDP shards it
-        self.register_buffer("running_mean", torch.zeros((), device=device))
-        self.register_buffer("running_rho", torch.ones((), device=device))
-        self.register_buffer("running_rho_prime", torch.ones((), device=device))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
-        self.register_buffer("num_rejected", torch.zeros((), dtype=torch.long, device=device))
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # 1-d: FSDP shards it
+        for name in ("running_mean", "running_rho", "running_rho_prime"):
+            self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device))
+        for name in ("num_batches_tracked", "num_rejected"):
+            self.register_buffer(name, torch.empty((), dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget what was learned and tracked."""
+        for tensor in (self.alpha, self.running_mean, self.num_batches_tracked, self.num_rejected):
+            tensor.zero_()
+        self.running_rho.fill_(1)
+        self.running_rho_prime.fill_(1)
 
     @property
     def scale(self) -> Tensor:
@@ -136,7 +148,7 @@ class NormalizedActivation(nn.Module):
     def _track(self, x: Tensor, y: Tensor) -> None:
         """Update the running values with a batch: input ``x``, output ``y`` of the plain function."""
         # Backward is under way: activation checkpointing runs this forward pass for the second time.
-        if x.numel() == 0 or torch._C._current_graph_task_id() != -1:
+        if x.numel() == 0 or torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1:
             return
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -164,6 +176,16 @@ class NormalizedActivation(nn.Module):
         in_a_row = torch.where(rejected & ~restart, self.num_rejected + 1, 0)
         self.num_rejected.copy_(torch.where(usable, in_a_row, self.num_rejected))
         self.num_batches_tracked.add_(usable)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizedActivation:
+        # Half precision would lose small updates of the running values: they follow to a device, not to float16.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if now is not None and buffer is not None and now.is_floating_point() and now.itemsize < 4:
+                self._buffers[name] = buffer.to(now.device)
+        return self
 
     def extra_repr(self) -> str:
         """Options as keyword arguments."""

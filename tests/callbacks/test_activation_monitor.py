@@ -208,6 +208,26 @@ def test_monitor_leaves_nothing_on_the_model():
     assert hooks(failing) == 0
 
 
+def test_monitor_is_off_after_a_batch_that_was_skipped():
+    class Skips(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 1 else None
+
+        def on_train_epoch_end(self):
+            self.left = sum(len(module._forward_hooks) for module in self.modules())
+
+    model = Skips()
+    quiet_trainer(callbacks=[ActivationMonitor()]).fit(model, loader(batches(3)))
+    assert model.left == 0
+
+
+def test_monitor_logs_an_activation_that_is_never_called_as_nan(tmp_path):
+    model = Net(nn.Linear(8, 3))
+    model.unused = nn.ReLU()
+    _, logged = watch(model, batches(2), tmp_path)
+    assert np.isnan([value for tag in ("rho/unused", "anact_score") for _, value in logged[tag]]).all()
+
+
 def test_monitor_copies_and_pickles_in_the_middle_of_a_fit():
     monitor = ActivationMonitor(every_n_batches=3)
     twins = []

@@ -42,6 +42,18 @@ def test_replacement_swaps_once_over_fit_validate_and_fit():
     assert (four, eight) == (4, 8)
 
 
+@pytest.mark.parametrize(
+    "to", [{"tanh": "relu", "relu": "nrelu"}, lambda site: nn.Sequential(nn.ReLU(), nn.Dropout(0.1))]
+)
+def test_replacement_does_not_swap_again_what_it_has_swapped(to):
+    module = Net(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    trainer = quiet_trainer(callbacks=[ActivationReplacement(to)])
+    trainer.fit(module, loader(batches(2)))
+    after_fit = list(module.modules())
+    trainer.validate(module, loader(batches(2)), verbose=False)
+    assert all(a is b for a, b in zip(after_fit, module.modules(), strict=True))
+
+
 def test_checkpoint_of_a_swapped_model_resumes_and_tests(tmp_path):
     path = tmp_path / "model.ckpt"
     module = Net()

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import Net, SpySGD, all_equal, batches, loader, parameters_of, quiet_trainer, scalars
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_noisy import GradientNoise
@@ -313,6 +315,53 @@ def test_resumed_gradient_noise_may_have_another_schedule(tmp_path):
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
         trainer.fit(module, loader(batches(4)), ckpt_path=tmp_path / "last.ckpt")
     assert module.seen[0].std().item() == pytest.approx(InverseDecay(0.3)(4), rel=0.012)
+
+
+# With OnExceptionCheckpoint Lightning looks for a checkpoint to go on from, and misses it.
+@pytest.mark.filterwarnings("ignore:.*called without a model", "ignore:.*there is no last checkpoint available")
+def test_checkpoints_written_after_the_fit_or_on_an_exception_have_the_state(tmp_path):
+    class Fails(Flat):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("in the middle")
+            return super().training_step(batch, batch_idx)
+
+    def steps(path):
+        (state,) = [v for k, v in torch.load(path, weights_only=True)["callbacks"].items() if "GradientNoise" in k]
+        return [(noise["seed"], noise["step"]) for noise in state["optimizers"]]
+
+    fit(Flat(10), [GradientNoise(seed=5)]).save_checkpoint(tmp_path / "after.ckpt")
+    assert steps(tmp_path / "after.ckpt") == [(5, 4)]
+    on_exception = OnExceptionCheckpoint(tmp_path, "crash")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(Fails(10), [GradientNoise(seed=5), on_exception], enable_checkpointing=True, default_root_dir=tmp_path)
+    assert steps(tmp_path / "crash.ckpt") == [(5, 3)]
+
+
+def test_a_checkpoint_that_was_validated_does_not_reach_the_next_fit(tmp_path):
+    fit(Net(), [GradientNoise(seed=5)]).save_checkpoint(tmp_path / "old.ckpt")
+    callback = GradientNoise(seed=6)
+    trainer = quiet_trainer(callbacks=[callback])
+    model = Net()
+    trainer.validate(model, loader(batches(1)), ckpt_path=tmp_path / "old.ckpt", verbose=False)
+    trainer.fit(model, loader(batches(3)))
+    assert callback.state_dict() == {"optimizers": [{"seed": 6, "step": 3}]}
+
+
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers", "ignore:.*treespec")
+def test_learning_rate_finder_leaves_the_noise_at_its_start(tmp_path):
+    class Tunable(Net):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return SpySGD(self.parameters(), lr=self.lr)
+
+    callback = GradientNoise(seed=0)
+    trainer = quiet_trainer(callbacks=[callback], default_root_dir=tmp_path, enable_checkpointing=True)
+    model = Tunable()
+    Tuner(trainer).lr_find(model, loader(batches(30)), num_training=20, update_attr=False)
+    trainer.fit(model, loader(batches(3)))
+    assert callback.state_dict() == {"optimizers": [{"seed": 0, "step": 3}]}
 
 
 def test_gradient_noise_leaves_no_hook_behind_after_fits_and_exceptions():

@@ -329,6 +329,32 @@ def test_copies_of_an_optimizer_have_no_noise():
         assert not w.any()
 
 
+@pytest.mark.parametrize("init_scale", [1024.0, 65536.0])
+def test_noise_under_a_fused_optimizer_that_unscales_itself(init_scale):
+    w = nn.Parameter(torch.zeros(50_000))
+    optimizer = torch.optim.SGD([w], lr=1.0, fused=True)
+    handle = add_gradient_noise(optimizer, Constant(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    for slope in (2.0, float("inf"), 2.0):  # the second one overflows, and is no step
+        optimizer.zero_grad()
+        scaler.scale((slope * w).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert handle.step == 2
+    assert w.mean().item() == pytest.approx(-4, abs=0.02)
+    assert w.std().item() == pytest.approx(0.5 * 2**0.5, rel=0.02)
+
+
+def test_two_noises_on_one_optimizer_must_differ():
+    (w,), optimizer = zero_gradient_sgd(100_000)
+    add_gradient_noise(optimizer, Constant(1.0))
+    with pytest.raises(ValueError, match="seed=0 and stream=0 already, and twice the same would double it"):
+        add_gradient_noise(optimizer, Constant(1.0))
+    add_gradient_noise(optimizer, Constant(1.0), stream=1)
+    optimizer.step()
+    assert w.grad.std().item() == pytest.approx(2**0.5, rel=0.01)
+
+
 def test_bad_arguments_are_refused_with_the_reason():
     _, optimizer = zero_gradient_sgd(10)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got 1"):

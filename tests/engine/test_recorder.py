@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_noisy import replace_activations
 from lightning_noisy.engine.recorder import ActivationRecorder
-from lightning_noisy.nn import NReLU
+from lightning_noisy.nn import NormalizedActivation, NReLU
 
 
 def record(model, *inputs, threshold=0.05):
@@ -48,11 +48,69 @@ def test_recorder_measures_a_normalized_activation_as_it_stands():
     assert result["sparsity"] == result["saturation"] == pytest.approx([share], abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_recorder_finds_the_inactive_elements_of_a_normalized_activation_at_any_scale(dtype):
+    # Undoing scale and shift in floating point would put zeros on either side of 0.
+    for seed in range(50):
+        module = NReLU()
+        x = torch.randn(40, 40, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        assert record(module, x)["sparsity"] == pytest.approx([(x <= 0).double().mean().item()], abs=1e-6)
+
+
+def test_recorder_of_a_swapped_model_equals_one_of_a_model_built_that_way():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    built = nn.Sequential(layers[0], NormalizedActivation(nn.Tanh()), layers[2])
+    expected = record(built, normal(500, 8))
+    assert record(replace_activations(nn.Sequential(*layers), "normalized"), normal(500, 8)) == expected
+
+
+def test_recorder_tells_the_replacements_of_an_alias_apart():
+    act = nn.ReLU()
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu")
+    recorder = ActivationRecorder(model)
+    with recorder:
+        model(normal(50, 4))
+    assert recorder.statistics.sums[:, 0].tolist() == [200, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_recorder_measures_prelu(dtype, channels):
+    x = normal(200, 16, 3).to(dtype)
+    result = record(nn.PReLU(channels).to(dtype), x)
+    share = (x > 0).double().mean().item()
+    assert result["rho_prime"] == pytest.approx([share + (1 - share) * 0.25**2], rel=1e-5)
+    normalized = replace_activations(nn.Sequential(nn.PReLU(channels).to(dtype)), "normalized")
+    assert record(normalized, x)["saturation"] == [0]
+
+
+def test_recorder_works_in_inference_mode():
+    with torch.inference_mode():
+        teacher = record(nn.Sequential(nn.GELU(), replace_activations(nn.Tanh(), "normalized")), normal(50, 8))
+    assert teacher["rho"] == pytest.approx(record(nn.Sequential(nn.GELU(), nn.Tanh()), normal(50, 8))["rho"], rel=1e-5)
+
+
+def test_recorder_leaves_out_what_it_cannot_measure_and_says_so_once():
+    class Gated(nn.Sigmoid):
+        def forward(self, x, gate):
+            return torch.sigmoid(x) * gate
+
+    model = nn.ModuleList([Gated(), nn.Tanh()])
+    recorder = ActivationRecorder(model)
+    recorder.attach()
+    with pytest.warns(UserWarning, match="'0' can't be measured, and is left out"):
+        model[1](model[0](normal(5, 5), normal(5, 5)))
+    model[1](model[0](normal(5, 5), normal(5, 5)))  # a second warning would be an error
+    assert recorder.statistics.sums[:, 0].tolist() == [0, 50]
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.SiLU])
 def test_recorder_sees_the_input_of_an_in_place_activation(activation):
     x = normal(100, 10)
     plain = record(activation(), x.clone())
-    assert record(activation(inplace=True), x.clone()) == plain
+    inplace = record(activation(inplace=True), x.clone())
+    assert {name: pytest.approx(value, rel=1e-6) for name, value in plain.items()} == inplace
     h = normal(100, 10)
     assert record(replace_activations(activation(inplace=True), "nrelu"), h)["rho"] != [1.0]
 

@@ -123,6 +123,36 @@ def test_hidden_squashing_functions_are_replaced_gates_and_outputs_stay():
     assert [type(m) for m in (model[1].reduce[3], model[4])] == [nn.Sigmoid, nn.Tanh]
 
 
+class Gate(nn.Sequential):
+    """A Sequential in name only."""
+
+    def forward(self, x):
+        return x * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [
+        (nn.Sequential(Gate(nn.Linear(4, 4), nn.Sigmoid()), nn.Linear(4, 4)), "0.1"),
+        (nn.Sequential(nn.Linear(4, 1), nn.Sigmoid(), nn.Flatten(0)), "1"),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1), nn.Softplus()), "3"),
+    ],
+    ids=["gate", "output that is reshaped", "output of a scale"],
+)
+@pytest.mark.filterwarnings("ignore:.*replaced nothing")
+def test_gates_and_outputs_in_disguise_stay(model, kept):
+    before = model.get_submodule(kept)
+    assert replace_activations(model, "nsw").get_submodule(kept) is before
+
+
+def test_parametrizations_of_weights_stay():
+    model = mlp()
+    parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    replace_activations(model, "nsw")
+    assert (model[0].weight > 0).all()
+    assert kinds(model) == [NSwish, NSwish]
+
+
 def test_replacing_twice_changes_nothing():
     model = replace_activations(mlp(), "nsw")
     model(torch.randn(10, 4))
@@ -177,6 +207,43 @@ def test_replace_keeps_hooks_and_their_handles_work():
     handle.remove()
     model(torch.randn(2, 4))
     assert calls == [NSwish]
+
+
+def test_replacements_of_an_alias_have_hooks_of_their_own():
+    act, calls = nn.ReLU(), []
+    act.register_forward_hook(lambda *_: calls.append("old"))
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu")
+    model[1].register_forward_hook(lambda *_: calls.append("new"))
+    model(torch.randn(2, 4))
+    assert sorted(calls) == ["new", "old", "old"]
+
+
+@pytest.mark.parametrize("to", ["normalized", lambda site: nn.Sequential(site.module, nn.Dropout(0.0))])
+def test_hooks_fire_once_where_the_old_function_lives_on_in_the_new_module(to):
+    model, calls = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    replace_activations(model, to)(torch.randn(2, 4))
+    assert calls == [1]
+
+
+def test_replacement_keeps_hooks_that_it_was_made_with():
+    model, calls = mlp(), []
+    model[1].register_forward_hook(lambda *_: calls.append("old"))
+
+    def hooked(site):
+        module = NReLU()
+        module.register_forward_hook(lambda *_: calls.append("new"))
+        return module
+
+    replace_activations(model, hooked)(torch.randn(2, 4))
+    assert sorted(calls) == ["new", "new", "old"]
+
+
+def test_replace_by_another_callable_is_not_taken_for_the_same():
+    model = replace_activations(mlp(), lambda site: NormalizedActivation(lambda x: x.relu()))
+    before = model[1]
+    replace_activations(model, lambda site: NormalizedActivation(lambda x: x.tanh()))
+    assert model[1] is not before
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -256,6 +323,8 @@ def test_replacing_nothing_warns_with_the_remedy(to):
         ({"relu": "nws"}, ValueError, "Did you mean 'nsw'"),
         ({"relu": {"relu": "nsw"}}, TypeError, "A mapping's values must be names, classes or callables"),
         (NReLU(), TypeError, "An instance can't be used at every site.*Pass its class"),
+        (torch.nn.functional.relu, TypeError, "Pass its name, 'relu'"),
+        (NormalizedActivation, TypeError, "NormalizedActivation can't be made without arguments.*lambda site"),
         (3, TypeError, "to must be a name, a mapping, an nn.Module class or a callable, got 3"),
         (int, TypeError, "got the class <class 'int'>"),
     ],
@@ -311,9 +380,3 @@ def test_sites_are_listed_in_order_without_a_change():
 def test_sites_do_not_look_into_activations():
     model = replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), "normalized")
     assert [(s.name, s.function) for s in activation_sites(model)] == [("1", "gelu")]
-
-
-def test_sites_of_parametrized_models_are_found():
-    model = mlp()
-    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
-    assert "1" in [site.name for site in activation_sites(model)]

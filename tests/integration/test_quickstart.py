@@ -69,6 +69,7 @@ def truncate(path):
         ("train-images-idx3-ubyte.gz", lambda path: path.write_bytes(b"<html>"), "damaged"),
         ("t10k-images-idx3-ubyte", truncate, "37 bytes for shape"),
         ("t10k-images-idx3-ubyte", lambda path: path.write_bytes(b""), "damaged"),
+        ("t10k-labels-idx1-ubyte", lambda path: write_idx(path, torch.zeros(0)), "damaged"),
         ("t10k-images-idx3-ubyte", lambda path: path.unlink(), "neither t10k-images-idx3-ubyte nor"),
         ("t10k-images-idx3-ubyte", lambda path: write_idx(path, torch.zeros(2, 4, 4)), "differ in size"),
         ("t10k-labels-idx1-ubyte", lambda path: write_idx(path, torch.zeros(3)), "don't fit"),

@@ -92,6 +92,12 @@ def test_statistics_of_a_constant_input_are_undefined_not_an_error():
     assert result["rho_prime"] == 1
 
 
+def test_score_of_nothing_is_undefined_not_perfect():
+    statistics = ActivationStatistics(["a"])
+    tanh_update(statistics, torch.ones(0))
+    assert np.isnan(statistics.compute()["anact_score"].item())
+
+
 def test_statistics_skip_an_empty_batch_and_start_anew_after_reset():
     statistics = ActivationStatistics(["a"])
     tanh_update(statistics, torch.ones(0, 3))

@@ -201,6 +201,39 @@ def test_normalized_keeps_the_dtype_and_computes_statistics_in_float32(dtype):
     assert module.running_rho.item() == pytest.approx(0.3408, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalized_running_values_stay_in_float32_in_a_half_precision_model(dtype):
+    module = NReLU()
+    module(normal(50, 50))
+    rho = module.running_rho.item()
+    module.to(dtype)
+    assert module.alpha.dtype == dtype
+    assert (module.running_rho.dtype, module.running_rho.item()) == (torch.float32, rho)
+    assert module(normal(5, 5).to(dtype)).dtype == dtype
+    assert module.double().running_rho.dtype == torch.float64
+
+
+def test_normalized_can_be_made_on_the_meta_device_first():
+    with torch.device("meta"):
+        module = NReLU()
+    module.to_empty(device="cpu").reset_parameters()
+    assert {name: value.item() for name, value in module.state_dict().items()} == {
+        "alpha": 0,
+        "running_mean": 0,
+        "running_rho": 1,
+        "running_rho_prime": 1,
+        "num_batches_tracked": 0,
+        "num_rejected": 0,
+    }
+
+
+def test_normalized_tracks_nothing_in_inference_mode():
+    module = NormalizedActivation(torch.tanh)
+    with torch.inference_mode():
+        module(normal(5, 5))
+    assert module.num_batches_tracked == 0
+
+
 def test_normalized_statistics_are_the_same_under_autocast():
     x = normal(64, 64)
     plain, cast = NSwish(), NSwish()
@@ -269,5 +302,7 @@ def test_normalized_refuses_what_it_cannot_normalize():
         NormalizedActivation("relu")
     with pytest.raises(ValueError, match="must not work in place"):
         NormalizedActivation(nn.ReLU(inplace=True))
+    with pytest.raises(ValueError, match="must not work in place"):
+        NormalizedActivation(torch.relu_)
     with pytest.raises(TypeError, match="momentun"):
         NReLU(momentun=0.1)
