@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_noisy.functional.gaussian import add_gaussian_, stream_key
+from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small
 from lightning_noisy.schedules import Schedule
 
 __all__ = ["GradientNoiseHandle", "add_gradient_noise"]
@@ -31,11 +31,14 @@ def add_gradient_noise(
     counts this optimizer's steps from 0 (Neelakantan et al., "Adding Gradient Noise Improves Learning for Very
     Deep Networks", 2015). The noise is added when the optimizer takes its step: after clipping, after gradient
     accumulation, and after the backward pass in a closure. Element i of a parameter's noise is a function of
-    (``seed``, ``stream``, the parameter's name, t, i) and of nothing else; global random states are neither
-    used nor changed. A parameter without a gradient gets no noise, and a step without any gradient doesn't count.
+    (``seed``, ``stream``, the parameter's name, t, i): the same on one process and under any sharding, which draws
+    just its share; global random states are neither used nor changed. (Parameters below 32,768 elements share a
+    vector of numbers, so their noise depends on which others of the model are that small, too.) A parameter without
+    a gradient gets no noise, and a step without any gradient doesn't count.
 
     Args:
-        optimizer: any torch optimizer; dense gradients of any float dtype.
+        optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
+            or sparse with one sparse dimension: then the rows that are present get noise.
         schedule: maps t (int) to the standard deviation σ (float, >= 0).
         seed: seed of the noise.
         stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
@@ -49,7 +52,7 @@ def add_gradient_noise(
         TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
         ValueError: if the optimizer has noise of the same seed and stream already.
 
-    >>> weight = nn.Parameter(torch.zeros(1000))
+    >>> weight = nn.Parameter(torch.zeros(100_000))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
     >>> weight.grad = torch.zeros_like(weight)
     >>> with add_gradient_noise(optimizer, lambda t: 2.0) as noise:
@@ -94,7 +97,9 @@ class GradientNoiseHandle:
         self.std: float | None = None
         self._schedule = schedule
         self._model = model
-        self._names: dict[nn.Parameter, str] = {}
+        self._addresses = SharedAddresses()
+        self._plan: NoisePlan | None = None
+        self._identities: list[int] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
         self._added = False
@@ -165,35 +170,29 @@ class GradientNoiseHandle:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
-        noisy = [(name, p.grad) for name, p in self._named_parameters(optimizer) if p.grad is not None]
-        for name, gradient in noisy:
-            if gradient.layout != torch.strided or isinstance(gradient, DTensor):
-                kind = "sharded (DTensor)" if isinstance(gradient, DTensor) else gradient.layout
-                raise TypeError(
-                    f"Gradient noise needs dense gradients, and the one of {name!r} is {kind}. Use a dense layer"
-                    " (sparse=False) or an unsharded strategy such as DDP."
-                )
-        for name, gradient in noisy:
-            add_gaussian_(gradient, std * scale, stream_key(self._seed, self._stream, name, self.step))
-        if noisy:
+        if self._current_plan(optimizer).add_noise(std * scale, (self._seed, self._stream), self.step):
             self._added, self.std = True, std
 
-    def _named_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-        """The optimizer's parameters, each once, with names that outlast a change of the parameter groups."""
-        found: dict[nn.Parameter, str] = {}
-        for group in optimizer.param_groups:
-            own_names = group.get("param_names") or [None] * len(group["params"])
-            for parameter, own_name in zip(group["params"], own_names, strict=True):
-                if parameter not in found:
-                    found[parameter] = own_name or self._name(parameter, position=len(found))
-        return [(name, parameter) for parameter, name in found.items()]
-
-    def _name(self, parameter: nn.Parameter, *, position: int) -> str:
-        if parameter not in self._names:
-            if self._model is not None:
-                self._names.update({p: _strip_wrappers(name) for name, p in self._model.named_parameters()})
-            self._names.setdefault(parameter, f"#{position}")
-        return self._names[parameter]
+    def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
+        """The plan for the optimizer's parameters, made anew when a parameter group was added or removed."""
+        groups = optimizer.param_groups
+        identities = [id(parameter) for group in groups for parameter in group["params"]]
+        if self._plan is None or identities != self._identities:
+            names: dict[nn.Parameter, str] = {}  # each parameter once
+            model_names = (
+                {} if self._model is None else {p: _strip_wrappers(n) for n, p in self._model.named_parameters()}
+            )
+            for group in groups:
+                own_names = group.get("param_names") or [None] * len(group["params"])
+                for parameter, own_name in zip(group["params"], own_names, strict=True):
+                    names.setdefault(parameter, own_name or model_names.get(parameter) or f"#{len(names)}")
+            # All of the model's: those that join the optimizer later have their places by then.
+            everything = {**{name: p for p, name in model_names.items()}, **{name: p for p, name in names.items()}}
+            sizes = {name: p.numel() for name, p in everything.items() if not is_lazy(p) and is_small(p)}
+            self._addresses.extend(sizes)
+            self._plan = NoisePlan({name: p for p, name in names.items()}, self._addresses)
+            self._identities = identities
+        return self._plan
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

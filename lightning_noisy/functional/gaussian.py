@@ -1,8 +1,9 @@
-"""Reproducible Gaussian noise: a stream of numbers per key, independent of the global random state.
+"""Reproducible Gaussian noise: an endless vector of numbers per key, any part of which can be drawn alone.
 
-The noise of a tensor is cut into chunks of fixed size, and each chunk has a generator of its own, seeded
-from the key and the chunk's index. So element ``i`` depends on the key and on ``i`` alone: not on the
-tensor's strides, not on what else was drawn, not on which process draws it.
+The vector is cut into chunks of fixed size, and each chunk has a generator of its own, seeded from the key and
+the chunk's index. So the number at an address is a function of the key and the address: not of what else is
+drawn, by which process or thread, nor of the global random state. On the CPU; on another kind of device the
+numbers are others, since torch's generators are.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["add_gaussian_", "stream_key"]
-
-CHUNK = 1 << 15  # elements: fits the cache, long beside a generator's set-up, and torch doesn't split its addition
+__all__ = ["add_gaussian_", "chunk_size", "draw_chunk", "gaussian", "stream_key"]
 
 
 def stream_key(*parts: int | str) -> bytes:
-    """Hash the parts that name a stream (seed, parameter, step, ...) into its 128-bit key.
+    """Hash the parts that name a stream (seed, optimizer, step, ...) into its 128-bit key.
 
     Args:
         parts: integers and strings. Their order counts, and ``("a", "bc")`` differs from ``("ab", "c")``.
@@ -32,26 +31,74 @@ def stream_key(*parts: int | str) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
-def _normal_chunk(key: bytes, index: int, size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The first ``size`` standard normal numbers of chunk ``index``."""
+def chunk_size(device: torch.device) -> int:
+    """Elements of a chunk, a multiple of 16.
+
+    On the CPU a chunk fits the cache, takes long beside setting up its generator, and is not split among
+    threads by torch; elsewhere it is large enough to occupy the device, in 16 MiB.
+    """
+    return 1 << (15 if device.type == "cpu" else 22)
+
+
+def draw_chunk(buffer: Tensor, key: bytes, index: int, stop: int, generator: torch.Generator) -> None:
+    """Write the first ``stop`` numbers of a chunk, or more of them, into ``buffer``.
+
+    Args:
+        buffer: float32 tensor, shape (chunk_size,).
+        key: 16 bytes from :func:`stream_key`.
+        index: which chunk, >= 0.
+        stop: how many numbers are needed, <= chunk_size.
+        generator: of the buffer's device; it is seeded here.
+    """
     digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8, key=key).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-    # On the CPU torch draws in blocks of 16, and fewer numbers, or a rest, by another rule.
-    rounded = -(-size // 16) * 16
-    return torch.empty(rounded, device=device, dtype=dtype).normal_(generator=generator)[:size]
+    generator.manual_seed(int.from_bytes(digest, "little"))
+    # torch's CPU generator draws in blocks of 16, so that a prefix of whole blocks is the same however long it is;
+    # fewer numbers, or a rest, it draws by another rule. On other devices only equal lengths give equal numbers.
+    if buffer.device.type == "cpu":
+        buffer = buffer[: -(-stop // 16) * 16]
+    buffer.normal_(generator=generator)
 
 
-def add_gaussian_(tensor: Tensor, std: float, key: bytes) -> Tensor:
-    r"""Add :math:`\mathcal N(0, \sigma^2)` noise in place; element ``i`` of it is a function of ``(key, i)``.
+def gaussian(key: bytes, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """The standard normal numbers at addresses ``start`` to ``stop`` of a key's vector.
 
-    Elements are counted in row-major order, whatever the strides. Numbers are drawn in float32 (float64
-    for double precision) and, for half-precision tensors, added in float32 and rounded once. A complex
-    element z gets noise with :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite.
+    Args:
+        key: 16 bytes from :func:`stream_key`.
+        start: first address, >= 0.
+        stop: one past the last address.
+        device: where to draw them.
+
+    Returns:
+        Float32 tensor, shape (stop - start,).
+
+    >>> whole = gaussian(stream_key(0), 0, 100_000)
+    >>> bool((gaussian(stream_key(0), 40_000, 40_003) == whole[40_000:40_003]).all())
+    True
+    """
+    device = torch.device(device)
+    size, generator = chunk_size(device), torch.Generator(device)
+    numbers = torch.empty(max(stop - start, 0), device=device)
+    buffer = torch.empty(size, device=device)
+    for index in range(start // size, -(-stop // size) if stop > start else 0):
+        first, last = max(start, index * size), min(stop, (index + 1) * size)
+        draw_chunk(buffer, key, index, last - index * size, generator)
+        numbers[first - start : last - start] = buffer[first - index * size : last - index * size]
+    return numbers
+
+
+@torch.no_grad()
+def add_gaussian_(tensor: Tensor, std: float, key: bytes, *, start: int = 0) -> Tensor:
+    r"""Add :math:`\mathcal N(0, \sigma^2)` noise in place: element ``i`` gets the number at ``start + i``.
+
+    Elements are counted in row-major order, whatever the strides. Numbers are drawn in float32, added in the
+    wider of the two dtypes and rounded once. A complex element z takes two numbers, and gets noise with
+    :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite.
 
     Args:
         tensor: strided real or complex float tensor of any shape, modified in place.
         std: σ, >= 0. With 0 the tensor is not touched.
         key: 16 bytes from :func:`stream_key`.
+        start: address of the first element, >= 0.
 
     Returns:
         ``tensor``.
@@ -60,20 +107,9 @@ def add_gaussian_(tensor: Tensor, std: float, key: bytes) -> Tensor:
     >>> torch.equal(add_gaussian_(a, 1.0, stream_key(0)), add_gaussian_(b, 1.0, stream_key(0)))
     True
     """
-    if std == 0:
-        return tensor
     if tensor.is_complex():
-        add_gaussian_(torch.view_as_real(tensor), std * 0.5**0.5, key)
-        return tensor
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    # A view where the layout allows one; elsewhere the sum is made in a copy and written back.
-    flat = tensor.reshape(-1)
-    for index, piece in enumerate(flat.split(CHUNK)):
-        noise = _normal_chunk(key, index, piece.numel(), device=tensor.device, dtype=dtype)
-        if piece.dtype == dtype:
-            piece.add_(noise, alpha=std)
-        else:
-            piece.copy_(noise.mul_(std).add_(piece))
-    if flat.data_ptr() != tensor.data_ptr():
-        tensor.copy_(flat.view(tensor.shape))
+        add_gaussian_(torch.view_as_real(tensor), std * 0.5**0.5, key, start=start)
+    elif std != 0:
+        noise = gaussian(key, start, start + tensor.numel(), device=tensor.device)
+        tensor.add_(noise.view(tensor.shape), alpha=std)
     return tensor

@@ -33,15 +33,23 @@ def test_noise_has_the_standard_deviation_of_the_schedule():
 
 
 def test_noise_is_the_documented_function_of_seed_stream_name_and_step():
-    model = nn.Linear(30, 7)
+    model = nn.ModuleDict({"large": nn.Linear(300, 200), "b": nn.Linear(4, 3), "a": nn.Linear(4, 3)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     handle = add_gradient_noise(optimizer, Constant(0.5), seed=3, stream="x", model=model)
     handle.load_state_dict({"seed": 3, "step": 11})
-    start = model.weight.detach().clone()
-    model.weight.grad = torch.zeros_like(model.weight)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    expected = add_gaussian_(torch.zeros(7, 30), 0.5, stream_key(3, "x", "weight", 11))
-    torch.testing.assert_close(start - model.weight.detach(), expected)
+    # A large parameter has a vector of its own; small ones lie one after another, in the order of their names.
+    expected = {"large.weight": add_gaussian_(torch.zeros(200, 300), 0.5, stream_key(3, "x", "large.weight", 11))}
+    start = 0
+    for name in ("a.bias", "a.weight", "b.bias", "b.weight", "large.bias"):
+        zeros = torch.zeros_like(model.get_parameter(name))
+        expected[name] = add_gaussian_(zeros, 0.5, stream_key(3, "x", "", 11), start=start)
+        start += zeros.numel()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(-parameter.detach(), expected[name], rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"stream": 1}])
@@ -286,7 +294,7 @@ def test_noise_on_gradients_equals_noise_on_weights_with_plain_sgd_and_not_with_
             optimizer.step()
             if noise_on == "weights":
                 with torch.no_grad():
-                    add_gaussian_(w, -0.1, stream_key(0, 0, "#0", t))
+                    add_gaussian_(w, -0.1, stream_key(0, 0, "", t))
         return w.detach()
 
     torch.testing.assert_close(run(0.0, "gradients"), run(0.0, "weights"), rtol=1e-12, atol=1e-12)
@@ -367,12 +375,30 @@ def test_bad_arguments_are_refused_with_the_reason():
     assert handle.step == 0
 
 
-def test_sparse_gradients_are_refused_before_any_noise_is_added():
-    embedding, dense = nn.Embedding(10, 3, sparse=True), nn.Parameter(torch.zeros(5))
-    optimizer = torch.optim.SGD([dense, *embedding.parameters()], lr=1.0)
+def test_sparse_gradients_get_noise_on_the_rows_that_are_present():
+    def run(*, sparse):
+        embedding = nn.Embedding(50, 3, sparse=sparse)
+        nn.init.zeros_(embedding.weight)
+        optimizer = torch.optim.SGD(embedding.parameters(), lr=1.0)
+        add_gradient_noise(optimizer, Constant(1.0))
+        embedding(torch.tensor([7, 1, 7, 40])).sum().backward()
+        optimizer.step()
+        return embedding.weight.detach()
+
+    sparse, dense = run(sparse=True), run(sparse=False)
+    rows = [1, 7, 40]
+    torch.testing.assert_close(sparse[rows], dense[rows], rtol=0, atol=1e-6)
+    assert sparse.count_nonzero() == 9
+    assert dense.count_nonzero() == 150
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_gradients_of_other_layouts_are_refused_before_any_noise_is_added():
+    (dense, w), optimizer = zero_gradient_sgd(5, (2, 2))
+    w.grad = None
+    optimizer.param_groups[0]["params"][1] = csr = nn.Parameter(torch.eye(2).to_sparse_csr())
+    csr.grad = torch.eye(2).to_sparse_csr()
     add_gradient_noise(optimizer, Constant(1.0))
-    embedding(torch.tensor([1])).sum().backward()
-    dense.grad = torch.zeros_like(dense)
-    with pytest.raises(TypeError, match=r"needs dense gradients.*sparse=False"):
+    with pytest.raises(TypeError, match="dense or sparse COO gradient, got one of layout torch.sparse_csr"):
         optimizer.step()
     assert not dense.grad.any()

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_noisy.functional.gaussian import CHUNK, add_gaussian_, stream_key
+from lightning_noisy.functional.gaussian import add_gaussian_, chunk_size, gaussian, stream_key
 
 KEY = stream_key("test")
+CHUNK = chunk_size(torch.device("cpu"))
 
 
 def noise(shape, *, key=KEY, std=1.0, dtype=torch.float32):
@@ -28,12 +29,18 @@ def test_gaussian_is_uncorrelated_between_neighbours_chunks_and_keys():
         assert abs(r) < 4 / len(a) ** 0.5
 
 
-@pytest.mark.parametrize("numel", [1, 3, 15, 16, 17, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
-def test_gaussian_element_does_not_depend_on_the_number_of_elements_in_other_chunks(numel):
-    longer = (numel // CHUNK + 1) * CHUNK + 5
-    whole = numel // CHUNK * CHUNK
-    assert torch.equal(noise(numel)[:whole], noise(longer)[:whole])
-    assert noise(numel).unique().numel() > 0.99 * numel  # torch's uniform numbers have 24 bits: a few coincide
+@pytest.mark.parametrize("start", [0, 1, 15, 1000, CHUNK - 1, CHUNK, CHUNK + 7])
+@pytest.mark.parametrize("size", [1, 3, 15, 16, 17, 1000, CHUNK, 2 * CHUNK + 7])
+def test_gaussian_number_depends_on_its_address_alone(start, size):
+    whole = gaussian(KEY, 0, 5 * CHUNK)
+    assert torch.equal(gaussian(KEY, start, start + size), whole[start : start + size])
+    assert torch.equal(add_gaussian_(torch.zeros(size), 1.0, KEY, start=start), whole[start : start + size])
+
+
+def test_gaussian_does_not_repeat_itself():
+    assert (
+        gaussian(KEY, 0, 5 * CHUNK).unique().numel() > 0.99 * 5 * CHUNK
+    )  # torch's uniforms have 24 bits: a few coincide
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 15), (300, 400)])
@@ -51,7 +58,7 @@ def test_gaussian_ignores_strides(shape):
 def test_gaussian_adds_to_what_is_there_scaled_by_std():
     start = torch.linspace(-1, 1, 1001, dtype=torch.float64)
     noisy = add_gaussian_(start.clone(), 0.5, KEY)
-    torch.testing.assert_close(noisy, start + 0.5 * noise(1001, dtype=torch.float64), rtol=1e-15, atol=1e-15)
+    assert torch.equal(noisy, start + 0.5 * noise(1001).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,75 @@
+"""FSDP2 and tensor parallel under Lightning's ModelParallelStrategy (gloo, CPU): the noise of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import loader, quiet_trainer
+
+from lightning_noisy import GradientNoise
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The script as a module, for the same model and data in this one process."""
+    monkeypatch.syspath_prepend(str(HERE))
+    import sharded_runs
+
+    return sharded_runs
+
+
+def launch(out, case, processes):
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    script = [str(HERE / "sharded_runs.py"), str(out), case]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *script,
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return torch.load(out / f"{case}.pt", weights_only=True)
+
+
+def alone(runs, case, *, steps, ckpt_path=None):
+    width, *_ = runs.CASES[case]
+    model = runs.Sharded(width)
+    trainer = quiet_trainer(callbacks=[GradientNoise(eta=1.0, seed=0)], max_steps=steps)
+    trainer.fit(model, loader(runs.DATA), ckpt_path=ckpt_path)
+    return model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "processes"), [("even", 2), ("uneven", 2), ("tensor", 2), ("mesh", 4)])
+def test_shards_add_the_noise_of_one_process(out, runs, case, processes):
+    result = launch(out, case, processes)
+    expected = alone(runs, case, steps=3)
+    assert result["state"].keys() == expected.keys()
+    assert result["kinds"]["net.0.weight"] == "DTensor"
+    for name, value in expected.items():
+        assert value.count_nonzero() == value.numel(), name
+        assert torch.equal(result["state"][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*world size", "ignore:.*devices")
+def test_noise_of_a_sharded_run_goes_on_in_one_process(out, runs):
+    if not (out / "uneven.ckpt").exists():
+        launch(out, "uneven", 2)
+    resumed = alone(runs, "uneven", steps=4, ckpt_path=out / "uneven.ckpt")
+    whole = alone(runs, "uneven", steps=4)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
