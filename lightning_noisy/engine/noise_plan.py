@@ -142,12 +142,14 @@ class _SmallGroup:
 
     def task(self, std: float, key: bytes) -> tuple[_Task | None, list[tuple[int, torch.nn.Parameter]]]:
         """What is to do for the gradients as they are now, and the places of those that need another way."""
-        gradients = [p.grad for _, p in self._places if p.grad is not None and not p.grad.is_sparse]
+        gradients = [p.grad for _, p in self._places if p.grad is not None and p.grad.layout is torch.strided]
         views, odd = self._views, []
         if len(gradients) < len(views):
-            odd = [(start, p) for start, p in self._places if p.grad is not None and p.grad.is_sparse]
+            odd = [(start, p) for start, p in self._places if p.grad is not None and p.grad.layout is not torch.strided]
             views = [
-                v for (_, p), v in zip(self._places, views, strict=True) if p.grad is not None and not p.grad.is_sparse
+                v
+                for (_, p), v in zip(self._places, views, strict=True)
+                if p.grad is not None and p.grad.layout is torch.strided
             ]
             if not gradients:
                 return None, odd
