@@ -2,15 +2,34 @@
 
 A schedule is a frozen dataclass that maps a step, counted from 0, to the **standard deviation** of the
 noise at that step: ``schedule(step) -> float``. Schedules are values: they compare, pickle and print.
+
+Some run towards a horizon, ``steps``. With ``steps="auto"`` it is the number of optimizer steps that the Trainer
+expects to take; elsewhere :meth:`~HorizonSchedule.resolved` fills it in. ``Piecewise`` and ``Warmup`` compose others.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from bisect import bisect_right
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
-__all__ = ["Constant", "InverseDecay", "Schedule"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "HorizonSchedule",
+    "InverseDecay",
+    "InverseSqrt",
+    "Linear",
+    "Piecewise",
+    "Schedule",
+    "Warmup",
+]
+
+Self = TypeVar("Self", bound="HorizonSchedule")
+Horizon = int | Literal["auto"]
 
 
 @runtime_checkable
@@ -22,16 +41,53 @@ class Schedule(Protocol):
         ...
 
 
-def _check_non_negative(name: str, value: object, zero_means: str) -> None:
+class HorizonSchedule:
+    """What the schedules of this module share: an open horizon can be asked for, and filled in."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a horizon is ``"auto"``, so that the schedule can't be called yet."""
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        return any(part == "auto" or (isinstance(part, HorizonSchedule) and part.is_open) for part in parts)
+
+    def resolved(self: Self, total: int) -> Self:
+        """The schedule with ``total`` steps in the place of ``"auto"``.
+
+        >>> Linear(1.0).resolved(10)
+        Linear(start=1.0, end=0.0, steps=10)
+        """
+        if getattr(self, "steps", None) == "auto":
+            return replace(self, steps=max(1, total))  # type: ignore[type-var]
+        return self
+
+
+def _check_non_negative(name: str, value: object, zero_means: str = "") -> None:
     """Raise unless ``value`` is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}. Use {name}=0 {zero_means}.")
+        hint = f" Use {name}=0 {zero_means}." if zero_means else ""
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.{hint}")
+
+
+def _check_steps(value: object) -> None:
+    """Raise unless ``value`` is a horizon."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f'steps must be an integer or "auto", got {value!r}.')
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"steps must be >= 1, got {value!r}.")
+
+
+def _progress(step: int, steps: Horizon) -> float:
+    """The share of the way to the horizon, in [0, 1]."""
+    if steps == "auto":
+        raise ValueError('steps="auto" is open. Give a number, use GradientNoise, or call resolved(total) before.')
+    return min(step / steps, 1.0)
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(HorizonSchedule):
     """The same standard deviation at every step.
 
     Args:
@@ -56,7 +112,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class InverseDecay:
+class InverseDecay(HorizonSchedule):
     r"""Annealed noise: the variance decays as a power of the step.
 
     :math:`\sigma_t = \sqrt{\eta / (1 + t)^\gamma}`, Eq. 1 of Neelakantan et al., "Adding Gradient Noise
@@ -86,3 +142,189 @@ class InverseDecay:
     def __call__(self, step: int, /) -> float:
         """Return σ at ``step``."""
         return math.sqrt(self.eta) * math.pow(1.0 + step, -0.5 * self.gamma)
+
+
+@dataclass(frozen=True)
+class Linear(HorizonSchedule):
+    r"""A straight line: :math:`\sigma_t = \sigma_0 + (\sigma_1 - \sigma_0) \min(t / T, 1)`.
+
+    Args:
+        start: σ at step 0, >= 0.
+        end: σ from the horizon on, >= 0.
+        steps: the horizon T, >= 1, or ``"auto"``.
+
+    >>> [Linear(1.0, 0.5, steps=4)(t) for t in (0, 1, 4, 9)]
+    [1.0, 0.875, 0.5, 0.5]
+    """
+
+    start: float
+    end: float = 0.0
+    steps: Horizon = "auto"
+
+    def __post_init__(self) -> None:
+        _check_non_negative("start", self.start, "to start without noise")
+        _check_non_negative("end", self.end, "to end without noise")
+        _check_steps(self.steps)
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        return self.start + (self.end - self.start) * _progress(step, self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine(HorizonSchedule):
+    r"""Half a cosine: :math:`\sigma_t = \sigma_1 + (\sigma_0 - \sigma_1) (1 + \cos(\pi \min(t / T, 1))) / 2`.
+
+    Args:
+        start: σ at step 0, >= 0.
+        end: σ from the horizon on, >= 0.
+        steps: the horizon T, >= 1, or ``"auto"``.
+
+    >>> [round(Cosine(1.0, steps=4)(t), 6) for t in (0, 1, 2, 4, 9)]
+    [1.0, 0.853553, 0.5, 0.0, 0.0]
+    """
+
+    start: float
+    end: float = 0.0
+    steps: Horizon = "auto"
+
+    def __post_init__(self) -> None:
+        _check_non_negative("start", self.start, "to start without noise")
+        _check_non_negative("end", self.end, "to end without noise")
+        _check_steps(self.steps)
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * _progress(step, self.steps))) / 2
+
+
+@dataclass(frozen=True)
+class Exponential(HorizonSchedule):
+    r"""Geometric decay: :math:`\sigma_t = \sigma_0 r^t`.
+
+    Args:
+        start: σ at step 0, >= 0.
+        rate: r, the factor per step, in [0, 1].
+
+    >>> Exponential(1.0, rate=0.5)(3)
+    0.125
+    """
+
+    start: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        _check_non_negative("start", self.start, "to switch the noise off")
+        _check_non_negative("rate", self.rate, "for noise in the first step alone")
+        if self.rate > 1:
+            raise ValueError(f"rate must be <= 1, got {self.rate!r}: the noise would grow without bound.")
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        return self.start * math.pow(self.rate, step)
+
+
+@dataclass(frozen=True)
+class InverseSqrt(HorizonSchedule):
+    r"""Decay with the root of time: :math:`\sigma_t = \sigma_0 / \sqrt{1 + t / \tau}`.
+
+    Args:
+        start: σ at step 0, >= 0.
+        timescale: τ, the steps after which the variance has halved, > 0.
+
+    >>> InverseSqrt(1.0, timescale=100)(300)
+    0.5
+    """
+
+    start: float
+    timescale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_non_negative("start", self.start, "to switch the noise off")
+        _check_non_negative("timescale", self.timescale)
+        if self.timescale == 0:
+            raise ValueError("timescale must be > 0, got 0.")
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        return self.start / math.sqrt(1 + step / self.timescale)
+
+
+@dataclass(frozen=True)
+class Piecewise(HorizonSchedule):
+    """One schedule after another, each counting from its own first step.
+
+    Args:
+        boundaries: the first steps of all parts but the first one, increasing, > 0.
+        parts: schedules, or numbers for constant ones; one more than boundaries.
+
+    >>> schedule = Piecewise((100,), (0.1, Linear(0.1, 0.0, steps=10)))
+    >>> [schedule(t) for t in (0, 99, 100, 105, 110)]
+    [0.1, 0.1, 0.1, 0.05, 0.0]
+    """
+
+    boundaries: tuple[int, ...]
+    parts: tuple[float | Schedule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if len(self.parts) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"There must be one part more than boundaries, got {len(self.parts)} and {len(self.boundaries)}."
+            )
+        if any(after <= before for before, after in pairwise((0, *self.boundaries))):
+            raise ValueError(f"boundaries must increase and be > 0, got {self.boundaries!r}.")
+        for part in self.parts:
+            if not callable(part):
+                _check_non_negative("a part", part)
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        index = bisect_right(self.boundaries, step)
+        part = self.parts[index]
+        return part(step - (0, *self.boundaries)[index]) if callable(part) else float(part)
+
+    def resolved(self, total: int) -> Piecewise:
+        """The schedule with what is left of ``total`` steps at each part in the place of ``"auto"``."""
+        starts, ends = (0, *self.boundaries), (*self.boundaries, total)
+        parts = [
+            part.resolved(end - start) if isinstance(part, HorizonSchedule) else part
+            for part, start, end in zip(self.parts, starts, ends, strict=True)
+        ]
+        return replace(self, parts=tuple(parts))
+
+
+@dataclass(frozen=True)
+class Warmup(HorizonSchedule):
+    r"""Another schedule, led in by a straight line from 0: :math:`\min(t / T, 1)` times its value.
+
+    Args:
+        schedule: any schedule; it counts from the first step of the warm-up.
+        steps: T, the length of the warm-up, >= 1.
+
+    >>> [Warmup(Constant(1.0), steps=4)(t) for t in (0, 1, 4)]
+    [0.0, 0.25, 1.0]
+    """
+
+    schedule: Schedule
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {self.schedule!r}.")
+        _check_steps(self.steps)
+        if not isinstance(self.steps, int):
+            raise TypeError(f"The length of a warm-up must be an integer, got {self.steps!r}.")
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        return self.schedule(step) * _progress(step, self.steps)
+
+    def resolved(self, total: int) -> Warmup:
+        """The schedule with ``total`` steps in the place of the inner one's ``"auto"``."""
+        return (
+            replace(self, schedule=self.schedule.resolved(total))
+            if isinstance(self.schedule, HorizonSchedule)
+            else self
+        )

@@ -5,7 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
-__all__ = ["log_scalars", "logging_step"]
+__all__ = ["is_logging_due", "log_scalars", "logging_step"]
+
+
+def is_logging_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning logs the step that this batch belongs to; from ``on_train_batch_start`` on."""
+    # fast_dev_run is set by one of the Trainer's connectors.
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def logging_step(trainer: pl.Trainer) -> int | None:
@@ -16,8 +22,7 @@ def logging_step(trainer: pl.Trainer) -> int | None:
     """
     loop = trainer.fit_loop
     accumulating = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
-    due = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-    return loop.epoch_loop._batches_that_stepped if due and not accumulating else None
+    return loop.epoch_loop._batches_that_stepped if is_logging_due(trainer) and not accumulating else None
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:

@@ -8,11 +8,16 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_noisy.callbacks._logging import log_scalars, logging_step
-from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, add_gradient_noise
-from lightning_noisy.schedules import InverseDecay, Schedule
+from lightning_noisy.callbacks._logging import is_logging_due, log_scalars, logging_step
+from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, ParameterFilter, add_gradient_noise
+from lightning_noisy.engine.noise_plan import total_norm
+from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule
 
 __all__ = ["GradientNoise"]
 
@@ -31,13 +36,24 @@ class GradientNoise(pl.Callback):
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
     need schedules of different classes or values, and their noises are independent.
 
-    Logs σ of the last step as ``gradient_noise/std`` (``gradient_noise/std/<index>`` with several optimizers) to
-    every logger, at the Trainer's logging steps.
+    Logs to every logger, at the Trainer's logging steps, with ``/<index>`` at the end if there are several optimizers:
+
+    ============================= ======================================================================
+    ``gradient_noise/std``        σ of the step
+    ``gradient_noise/snr``        norm of the clipped gradient over the expected norm of the noise, σ√n
+    ``grad_norm/before_clipping`` norm of the gradient; like the next, over the parameters that get noise
+    ``grad_norm/after_clipping``  what clipping leaves of it
+    ============================= ======================================================================
+
+    The norms are computed at logging steps alone, with one host sync for all.
 
     Args:
         eta: variance at the first step, >= 0.
         gamma: exponent of the decay, >= 0.
-        schedule: a function from t to σ, in the place of ``eta`` and ``gamma``.
+        schedule: a function from t to σ, in the place of ``eta`` and ``gamma``, such as those of
+            :mod:`lightning_noisy.schedules`. ``steps="auto"`` becomes the Trainer's estimated number of steps.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
+        prog_bar: show σ on the progress bar.
         seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
             starts; in both cases a checkpoint that is resumed from brings its own.
 
@@ -54,16 +70,23 @@ class GradientNoise(pl.Callback):
         gamma: float = 0.55,
         *,
         schedule: Schedule | None = None,
+        params: ParameterFilter | None = None,
         seed: int | None = None,
+        prog_bar: bool = False,
     ) -> None:
         if schedule is not None and not callable(schedule):
             raise TypeError(f"schedule must be callable: schedule(t) -> standard deviation, got {schedule!r}.")
+        if params is not None and not callable(params):
+            raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed must be an int or None, got {seed!r} of type {type(seed).__name__}.")
         decay = InverseDecay(eta, gamma)
         self.schedule: Schedule = decay if schedule is None else schedule
+        self.params = params
         self.seed = seed
+        self.prog_bar = prog_bar
         self._instance = 0
+        self._norms_before: dict[int, Tensor] = {}  # of the batch
         self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
         self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
         self._handles: list[GradientNoiseHandle] = []
@@ -85,25 +108,75 @@ class GradientNoise(pl.Callback):
         seed = self.seed
         if seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED") or trainer.strategy.broadcast(secrets.randbits(32)))
+        schedule = self.schedule
+        if isinstance(schedule, HorizonSchedule) and schedule.is_open:
+            total = trainer.estimated_stepping_batches
+            if total == float("inf"):
+                raise MisconfigurationException(
+                    f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
+                    " max_epochs of the Trainer."
+                )
+            schedule = schedule.resolved(int(total))
         self._handles = [
-            add_gradient_noise(optimizer, self.schedule, seed=seed, stream=f"{self._instance}.{index}", model=pl_module)
+            add_gradient_noise(
+                optimizer,
+                schedule,
+                seed=seed,
+                stream=f"{self._instance}.{index}",
+                model=pl_module,
+                params=self.params,
+            )
             for index, optimizer in enumerate(trainer.optimizers)
         ]
         if self._restored is not None:
             self._restore(self._restored)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure norms if this batch's values will be logged."""
+        for handle in self._handles:
+            handle.measuring = is_logging_due(trainer)
+            handle.grad_norm = None
+        self._norms_before = {}
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure the norm before clipping."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            return  # the gradients are still scaled, and Lightning doesn't clip them
+        for index, handle in enumerate(self._handles):
+            if handle.measuring and trainer.optimizers[index] is optimizer:
+                self._norms_before[index] = total_norm(handle.gradients(optimizer))
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log σ."""
+        """Log σ and the norms."""
+        scalars: dict[str, float] = {}
+        norms: dict[str, Tensor] = {}
+        for index, handle in enumerate(self._handles):
+            suffix = f"/{index}" if len(self._handles) > 1 else ""
+            if handle.std is not None:
+                scalars[f"gradient_noise/std{suffix}"] = handle.std
+            if index in self._norms_before:
+                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[index]
+            if handle.grad_norm is not None:
+                norms[f"grad_norm/after_clipping{suffix}"] = handle.grad_norm
+                if handle.noise_norm:
+                    norms[f"gradient_noise/snr{suffix}"] = handle.grad_norm / handle.noise_norm
+        if self.prog_bar:
+            pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
         step = logging_step(trainer)
-        stds = {index: handle.std for index, handle in enumerate(self._handles)}
-        if step is None:
+        if step is None or not scalars:
             return
-        tag = "gradient_noise/std/{}" if len(stds) > 1 else "gradient_noise/std"
-        scalars = {tag.format(index): std for index, std in stds.items() if std is not None}
-        if scalars:
-            log_scalars(trainer, scalars, step)
+        if norms:
+            device = next(iter(norms.values())).device
+            numbers = torch.stack([norm.to(device) for norm in norms.values()]).tolist()  # the one host sync
+            scalars.update(zip(norms, numbers, strict=True))
+        log_scalars(trainer, scalars, step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
@@ -165,7 +238,7 @@ class GradientNoise(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks don't outlive a copy of their optimizer: a copy of the callback starts without.
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_norms_before": {}}
 
 
 def _instances(trainer: pl.Trainer) -> list[GradientNoise]:

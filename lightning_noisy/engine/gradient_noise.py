@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small
+from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small, total_norm
 from lightning_noisy.schedules import Schedule
 
-__all__ = ["GradientNoiseHandle", "add_gradient_noise"]
+__all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
+
+ParameterFilter = Callable[[str, nn.Parameter], bool]
 
 
 def add_gradient_noise(
@@ -24,6 +28,7 @@ def add_gradient_noise(
     seed: int = 0,
     stream: int | str = 0,
     model: nn.Module | None = None,
+    params: ParameterFilter | None = None,
 ) -> GradientNoiseHandle:
     r"""Add Gaussian noise to the gradients that an optimizer uses, at each of its steps.
 
@@ -44,6 +49,7 @@ def add_gradient_noise(
         stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
         model: where the parameters' names come from, unless the optimizer has them (``param_names``).
             Without either, parameters are named by their position in the optimizer.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
 
     Returns:
         A handle to read and restore t, and to remove the noise. It is a context manager, too.
@@ -60,7 +66,7 @@ def add_gradient_noise(
     >>> noise.step, round(weight.std().item(), 1)
     (1, 2.0)
     """
-    return GradientNoiseHandle(optimizer, schedule, seed=seed, stream=stream, model=model)
+    return GradientNoiseHandle(optimizer, schedule, seed=seed, stream=stream, model=model, params=params)
 
 
 class GradientNoiseHandle:
@@ -69,6 +75,10 @@ class GradientNoiseHandle:
     Attributes:
         step: t, the steps with noise that the optimizer has taken.
         std: σ of the last step, None before the first.
+        measuring: whether to measure the norms of gradient and noise at the coming steps; False at first.
+        grad_norm: norm of the last measured gradient, over the parameters that get noise, as a 0-dimensional
+            tensor; after clipping and before the noise. None before the first.
+        noise_norm: root of the expected squared norm of the noise that was added to it, or None.
     """
 
     def __init__(
@@ -79,11 +89,14 @@ class GradientNoiseHandle:
         seed: int,
         stream: int | str,
         model: nn.Module | None,
+        params: ParameterFilter | None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
         if not callable(schedule):
             raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
+        if params is not None and not callable(params):
+            raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
         self._seed = seed
         self._stream = stream
         for hook in optimizer._optimizer_step_pre_hooks.values():
@@ -95,8 +108,12 @@ class GradientNoiseHandle:
                 )
         self.step = 0
         self.std: float | None = None
+        self.measuring = False
+        self.grad_norm: Tensor | None = None
+        self.noise_norm: float | None = None
         self._schedule = schedule
         self._model = model
+        self._params = params
         self._addresses = SharedAddresses()
         self._plan: NoisePlan | None = None
         self._identities: list[int] = []
@@ -170,8 +187,17 @@ class GradientNoiseHandle:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
-        if self._current_plan(optimizer).add_noise(std * scale, (self._seed, self._stream), self.step):
+        plan = self._current_plan(optimizer)
+        if self.measuring:
+            gradients = plan.gradients()
+            self.grad_norm = total_norm(gradients) / scale
+            self.noise_norm = std * sum(gradient.numel() for gradient in gradients) ** 0.5
+        if plan.add_noise(std * scale, (self._seed, self._stream), self.step):
             self._added, self.std = True, std
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """The gradients that are there now and get noise at the optimizer's step."""
+        return self._current_plan(optimizer).gradients()
 
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when a parameter group was added or removed."""
@@ -190,7 +216,10 @@ class GradientNoiseHandle:
             everything = {**{name: p for p, name in model_names.items()}, **{name: p for p, name in names.items()}}
             sizes = {name: p.numel() for name, p in everything.items() if not is_lazy(p) and is_small(p)}
             self._addresses.extend(sizes)
-            self._plan = NoisePlan({name: p for p, name in names.items()}, self._addresses)
+            chosen = {name: p for p, name in names.items() if self._params is None or self._params(name, p)}
+            if names and not chosen:
+                warnings.warn(f"params chooses none of the optimizer's {len(names)} parameters.", stacklevel=2)
+            self._plan = NoisePlan(chosen, self._addresses)
             self._identities = identities
         return self._plan
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_noisy.functional.gaussian import chunk_size, draw_chunk, gaussian, stream_key
 
-__all__ = ["NoisePlan", "SharedAddresses"]
+__all__ = ["NoisePlan", "SharedAddresses", "is_small", "total_norm"]
 
 _SMALL = 1 << 15  # elements; smaller parameters share a vector
 _MOST_BUFFERED = 128  # chunks of the shared vector with a buffer of their own: 16 MiB
@@ -73,6 +73,7 @@ class NoisePlan:
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], addresses: SharedAddresses) -> None:
+        self._parameters = list(parameters.values())
         self._own = {name: p for name, p in parameters.items() if not is_small(p)}
         small = {name: p for name, p in parameters.items() if is_small(p)}
         by_chunk: dict[int, list[tuple[int, torch.nn.Parameter]]] = {}
@@ -89,6 +90,10 @@ class NoisePlan:
                 self._groups.append(_SmallGroup(chunk, places))
             else:
                 self._shared += places
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there."""
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def add_noise(self, std: float, stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
@@ -125,6 +130,21 @@ class NoisePlan:
                     elements += len(grouped) * _SMALL
                 _run(tasks, device, elements)
         return True
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, whole ones and shards: a 0-dimensional float32 tensor, on all ranks."""
+    groups: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
+        groups.setdefault(kind, []).append(dense)
+    norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if not whole:
+        return torch.zeros(())
+    norm: Tensor = torch.stack([part.to(whole[0].device, torch.float32) for part in whole]).norm()
+    return norm
 
 
 class _SmallGroup:

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import Net, SpySGD, all_equal, batches, loader, parameters_of, quiet_trainer, scalars
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_noisy import GradientNoise
-from lightning_noisy.schedules import Constant, InverseDecay
+from lightning_noisy.schedules import Constant, InverseDecay, Linear
 
 
 def unit_sgd(parameters):
@@ -237,6 +238,95 @@ def test_gradient_noise_is_logged_at_the_steps_of_lightnings_own_logging(tmp_pat
     for step, value in logged["gradient_noise/std"]:
         assert value == pytest.approx(InverseDecay(0.3)(step), rel=1e-6)
     assert trainer.callback_metrics["gradient_noise/std"].item() == pytest.approx(InverseDecay(0.3)(11))
+
+
+def test_gradient_noise_logs_norms_and_the_signal_to_noise_ratio(tmp_path):
+    class Steep(Flat):
+        def training_step(self, batch, batch_idx):
+            return 3 * self.w.sum()
+
+    fit(
+        Steep(10_000),
+        [GradientNoise(eta=0.04, seed=0)],
+        gradient_clip_val=50.0,
+        logger=TensorBoardLogger(tmp_path, "", ""),
+        log_every_n_steps=2,
+    )
+    logged = scalars(tmp_path)
+    assert [step for step, _ in logged["gradient_noise/snr"]] == [1, 3]
+    for step, value in logged["grad_norm/before_clipping"]:
+        assert value == pytest.approx(300)
+        assert dict(logged["grad_norm/after_clipping"])[step] == pytest.approx(50, rel=1e-5)
+        expected = 50 / (InverseDecay(0.04)(step) * 10_000**0.5)
+        assert dict(logged["gradient_noise/snr"])[step] == pytest.approx(expected, rel=1e-5)
+    assert set(logged) == {
+        "gradient_noise/std", "gradient_noise/snr", "grad_norm/before_clipping", "grad_norm/after_clipping"
+    }  # fmt: skip
+    assert all(f"``{tag}``" in GradientNoise.__doc__ for tag in logged)
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 4}, {"max_epochs": 2, "accumulate_grad_batches": 2}])
+def test_an_open_horizon_is_the_trainers_number_of_steps(options):
+    module = Flat()
+    fit(module, [GradientNoise(schedule=Linear(1.0, 0.2), seed=0)], **options)
+    expected = [1.0, 0.8, 0.6, 0.4]
+    assert [noise.std().item() for noise in module.seen] == pytest.approx(expected, rel=0.012)
+
+
+@pytest.mark.filterwarnings("ignore:.*max_epochs")
+def test_an_open_horizon_of_an_endless_training_is_refused():
+    with pytest.raises(MisconfigurationException, match="needs to know how long the training is"):
+        fit(Flat(10), [GradientNoise(schedule=Linear(1.0))], max_epochs=-1)
+
+
+def test_gradient_noise_goes_to_the_chosen_parameters():
+    module = Net(optimizer=lambda parameters: SpySGD(parameters, lr=0.0))
+    module.training_step = lambda batch, batch_idx: 0 * module.net(batch[0]).sum()
+    fit(module, [GradientNoise(eta=1.0, seed=0, params=lambda name, parameter: name == "net.2.weight")], batches(1))
+    (grads,) = module.optimizers().optimizer.seen
+    assert [bool(grad.any()) for grad in grads] == [False, False, True, False]
+
+
+def test_gradient_noise_shows_sigma_on_the_progress_bar_if_asked_for():
+    shown = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            shown.append(trainer.progress_bar_metrics.get("gradient_noise/std"))
+
+    for prog_bar in (False, True):
+        fit(Net(), [GradientNoise(eta=1.0, gamma=0, seed=0, prog_bar=prog_bar), Watch()], batches(1))
+    assert shown == [None, 1.0]
+
+
+def test_unfreezing_in_the_middle_leaves_the_others_their_noise():
+    class Unfreeze(BaseFinetuning):
+        def __init__(self, epoch):
+            super().__init__()
+            self.epoch = epoch
+
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == self.epoch:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=1.0)
+
+    def trainable(parameters):
+        return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1.0)
+
+    def run(epoch):
+        module = Net(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)), trainable)
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+        module.training_step = lambda batch, batch_idx: 0 * module.net(batch[0]).sum()
+        fit(module, [GradientNoise(eta=1.0, seed=0), Unfreeze(epoch)], batches(2), max_epochs=2)
+        return module
+
+    never, later = run(9), run(1)
+    assert torch.equal(never.net[1].weight, later.net[1].weight)
+    assert not never.net[0].weight.any()
+    assert later.net[0].weight.count_nonzero() == 48
 
 
 def test_gradient_noise_takes_a_schedule():

@@ -120,6 +120,53 @@ def test_noise_of_the_others_stays_when_a_parameter_group_is_added():
     assert handle.step == 2
 
 
+def test_noise_goes_to_the_chosen_parameters_alone_and_is_what_it_would_be_without_a_choice():
+    def run(params):
+        model = nn.Sequential(nn.Linear(300, 200), nn.Linear(4, 4))
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        add_gradient_noise(optimizer, Constant(1.0), model=model, params=params)
+        optimizer.step()
+        return dict(model.named_parameters())
+
+    everywhere, weights = run(None), run(lambda name, parameter: parameter.dim() > 1 and name.endswith("weight"))
+    for name, parameter in weights.items():
+        expected = everywhere[name] if name.endswith("weight") else torch.zeros_like(parameter)
+        assert torch.equal(parameter, expected), name
+
+
+def test_choosing_no_parameter_warns():
+    _, optimizer = zero_gradient_sgd(10)
+    handle = add_gradient_noise(optimizer, Constant(1.0), params=lambda name, parameter: False)
+    with pytest.warns(UserWarning, match="chooses none of the optimizer's 1 parameters"):
+        optimizer.step()
+    assert handle.step == 0
+    with pytest.raises(TypeError, match="params must be callable"):
+        add_gradient_noise(optimizer, Constant(1.0), params="weight", stream=1)
+
+
+def test_norms_are_measured_before_the_noise_when_asked_for():
+    parameters, optimizer = zero_gradient_sgd(3, (200, 200))
+    embedding = nn.Embedding(9, 4, sparse=True)
+    optimizer.add_param_group({"params": list(embedding.parameters())})
+    handle = add_gradient_noise(optimizer, Constant(2.0))
+    embedding(torch.tensor([1, 1, 3])).sum().backward()  # rows (2, 2, 2, 2) and (1, 1, 1, 1)
+    for parameter in parameters:
+        parameter.grad.fill_(0.5)
+    optimizer.step()
+    assert handle.grad_norm is None
+    handle.measuring = True
+    for parameter in parameters:
+        parameter.grad.fill_(0.5)
+    embedding.weight.grad = None
+    embedding(torch.tensor([1, 1, 3])).sum().backward()
+    optimizer.step()
+    assert handle.grad_norm.item() == pytest.approx((40_003 / 4 + 20) ** 0.5)
+    assert handle.noise_norm == pytest.approx(2.0 * (40_003 + 36) ** 0.5)
+
+
 def test_noise_counts_a_tied_parameter_once():
     tied = nn.Linear(300, 300, bias=False)
     model = nn.Sequential(tied, tied)
