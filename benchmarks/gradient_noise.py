@@ -9,17 +9,21 @@ have their turn, with two threads on the CPU; ratios are those of the medians.
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small
+from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, _run, _tasks, _windows, is_small
+from lightning_noisy.functional import stream_key
 
 CASES = {
     "25 M elements in 60 tensors": [25_000_000 // 60] * 60,
@@ -62,43 +66,75 @@ def medians(*functions: Callable[[], object], rounds: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def peak_mib(elements: int) -> float:
-    """Peak memory of the process that the noise adds to that of the gradients, in MiB."""
-    parameters = parameters_of([elements // 10] * 10)
-    plan_of(parameters_of([1000])).add_noise(1.0, (0,), 0)  # what importing and threads take is not the noise's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_mib() -> float:
+    """Peak memory of this process so far, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def measure(case: str, rounds: int) -> dict[str, float]:
+    """One case, meant for a process of its own: how torch's allocator fares depends on what was there before."""
+    torch.set_num_threads(2)
+    if case in CASES:
+        parameters = parameters_of(CASES[case])
+        plan = plan_of(parameters)
+        functions = (lambda: one_line(parameters, 0.01), lambda: plan.add_noise(0.01, (0,), 0))
+        peer, ours = medians(*functions, rounds=rounds)
+        return {"peer": peer, "ours": ours}
+    if case == "linear":
+        half, whole = (plan_of(parameters_of([size] * 10)) for size in (2_500_000, 5_000_000))
+        functions = (lambda: half.add_noise(0.01, (0,), 0), lambda: whole.add_noise(0.01, (0,), 0))
+        small, large = medians(*functions, rounds=rounds)
+        return {"ratio": large / small}
+    if case == "shards":
+        # What one of n processes does of 25 M elements in 60 tensors: the rows of the middle process.
+        key, shape = (0,), (1000, 416)
+        steps: list[Callable[[], object]] = []
+        for n in (1, 2, 4):
+            rows = shape[0] // n
+            locals_ = [torch.zeros(rows, shape[1]) for _ in range(60)]
+            steps.append(partial(add_shards, locals_, shape, rows * (n // 2), key))
+        whole, *parts = medians(*steps, rounds=rounds)
+        return {str(n): n * part / whole for n, part in zip((2, 4), parts, strict=True)}
+    parameters = parameters_of([10_000_000] * 10)
+    for parameter in parameters.values():
+        parameter.grad.fill_(0.0)
+    plan_of(parameters_of([1 << 20, 100])).add_noise(1.0, (0,), 0)  # what threads take is not the noise's
+    before = peak_mib()
     plan_of(parameters).add_noise(1.0, (0,), 0)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"MiB": peak_mib() - before}
+
+
+def add_shards(shards: list[torch.Tensor], shape: tuple[int, int], row: int, key: tuple[int, ...]) -> None:
+    """Add the noise of some rows of whole tensors, as for the shards of FSDP2."""
+    cpu, blocks = torch.device("cpu"), []
+    for index, shard in enumerate(shards):
+        windows = _windows(shard, 0, shape, (row, 0), tuple(shard.shape))
+        blocks += [(stream_key(*key, index), 0.01, block) for block in windows]
+    _run(list(_tasks(blocks, cpu)), cpu, sum(shard.numel() for shard in shards))
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="times that each has its turn (default: 15)")
-    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(2)
-    if options.peak:
-        print(peak_mib(options.peak))
+    if options.case:
+        print(json.dumps(measure(options.case, options.rounds)))
         return
-    print(f"{'gradients':<30}{'one line':>12}{'noise plan':>12}{'ratio':>8}   ns per element")
+
+    def apart(case: str) -> dict[str, float]:
+        command = [sys.executable, __file__, "--case", case, "--rounds", str(options.rounds)]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    print(f"{'ns per element':<30}{'one line':>12}{'ours':>12}{'ratio':>8}")
     for name, sizes in CASES.items():
-        parameters = parameters_of(sizes)
-        plan = plan_of(parameters)
-        peer, ours = medians(
-            lambda p=parameters: one_line(p, 0.01),
-            lambda p=plan: p.add_noise(0.01, (0,), 0),
-            rounds=options.rounds,
-        )
-        print(f"{name:<30}{peer / sum(sizes) * 1e9:>12.2f}{ours / sum(sizes) * 1e9:>12.2f}{ours / peer:>8.2f}")
-    half, whole = (plan_of(parameters_of([size] * 10)) for size in (2_500_000, 5_000_000))
-    small, large = medians(
-        lambda: half.add_noise(0.01, (0,), 0), lambda: whole.add_noise(0.01, (0,), 0), rounds=options.rounds
-    )
-    print(f"\n50 M elements / 25 M elements: {large / small:.2f} times as long")
-    command = [sys.executable, __file__, "--peak", "100000000"]
-    peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    print(f"Extra peak memory at 100 M elements: {float(peak):.1f} MiB")
+        taken = {who: seconds / sum(sizes) * 1e9 for who, seconds in apart(name).items()}
+        print(f"{name:<30}{taken['peer']:>12.2f}{taken['ours']:>12.2f}{taken['ours'] / taken['peer']:>8.2f}")
+    print(f"\n50 M elements take {apart('linear')['ratio']:.2f} times as long as 25 M.")
+    print("One of n processes with n shards, n times its time over that of the whole:", apart("shards"))
+    print(f"Extra peak memory at 100 M elements: {apart('memory')['MiB']:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -52,7 +53,10 @@ class GradientNoise(pl.Callback):
         gamma: exponent of the decay, >= 0.
         schedule: a function from t to σ, in the place of ``eta`` and ``gamma``, such as those of
             :mod:`lightning_noisy.schedules`. ``steps="auto"`` becomes the Trainer's estimated number of steps.
-        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. A parameter group
+            of the optimizer with a key ``"noise_scale"`` has σ multiplied by it.
+        relative: make σ a multiple of the root mean square of the clipped gradient's elements; see
+            :func:`lightning_noisy.add_gradient_noise`.
         prog_bar: show σ on the progress bar.
         seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
             starts; in both cases a checkpoint that is resumed from brings its own.
@@ -71,6 +75,7 @@ class GradientNoise(pl.Callback):
         *,
         schedule: Schedule | None = None,
         params: ParameterFilter | None = None,
+        relative: bool = False,
         seed: int | None = None,
         prog_bar: bool = False,
     ) -> None:
@@ -83,6 +88,7 @@ class GradientNoise(pl.Callback):
         decay = InverseDecay(eta, gamma)
         self.schedule: Schedule = decay if schedule is None else schedule
         self.params = params
+        self.relative = relative
         self.seed = seed
         self.prog_bar = prog_bar
         self._instance = 0
@@ -125,6 +131,7 @@ class GradientNoise(pl.Callback):
                 stream=f"{self._instance}.{index}",
                 model=pl_module,
                 params=self.params,
+                relative=self.relative,
             )
             for index, optimizer in enumerate(trainer.optimizers)
         ]
@@ -207,6 +214,8 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Take the state of the only noise in a checkpoint also if its schedule was another one."""
         states = {k: v for k, v in checkpoint["callbacks"].items() if str(k).startswith(type(self).__qualname__)}
+        if not states and trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_warn("The checkpoint was written without GradientNoise: its noise starts at t = 0.")
         if self.state_key not in states and len(states) == len(_instances(trainer)) == 1:
             self.load_state_dict(*states.values())
 

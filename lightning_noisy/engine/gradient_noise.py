@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def add_gradient_noise(
     stream: int | str = 0,
     model: nn.Module | None = None,
     params: ParameterFilter | None = None,
+    relative: bool = False,
 ) -> GradientNoiseHandle:
     r"""Add Gaussian noise to the gradients that an optimizer uses, at each of its steps.
 
@@ -50,6 +52,12 @@ def add_gradient_noise(
         model: where the parameters' names come from, unless the optimizer has them (``param_names``).
             Without either, parameters are named by their position in the optimizer.
         params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
+        relative: make σ a multiple of the root mean square of the gradient's elements (after clipping, over all
+            parameters that get noise), so that the signal-to-noise ratio is 1 / ``schedule(t)``. It costs a host
+            sync per step; a gradient that is not finite gets no noise. Shards sum the squares in another order than
+            one process does, so that σ may differ in its last digits.
+
+    A parameter group with a key ``"noise_scale"`` (float, >= 0) has σ multiplied by it.
 
     Returns:
         A handle to read and restore t, and to remove the noise. It is a context manager, too.
@@ -66,7 +74,9 @@ def add_gradient_noise(
     >>> noise.step, round(weight.std().item(), 1)
     (1, 2.0)
     """
-    return GradientNoiseHandle(optimizer, schedule, seed=seed, stream=stream, model=model, params=params)
+    return GradientNoiseHandle(
+        optimizer, schedule, seed=seed, stream=stream, model=model, params=params, relative=relative
+    )
 
 
 class GradientNoiseHandle:
@@ -75,7 +85,8 @@ class GradientNoiseHandle:
     Attributes:
         step: t, the steps with noise that the optimizer has taken.
         std: σ of the last step, None before the first.
-        measuring: whether to measure the norms of gradient and noise at the coming steps; False at first.
+        measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
+            ``relative`` they are measured anyway.
         grad_norm: norm of the last measured gradient, over the parameters that get noise, as a 0-dimensional
             tensor; after clipping and before the noise. None before the first.
         noise_norm: root of the expected squared norm of the noise that was added to it, or None.
@@ -90,6 +101,7 @@ class GradientNoiseHandle:
         stream: int | str,
         model: nn.Module | None,
         params: ParameterFilter | None,
+        relative: bool,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
@@ -114,9 +126,10 @@ class GradientNoiseHandle:
         self._schedule = schedule
         self._model = model
         self._params = params
+        self._relative = relative
         self._addresses = SharedAddresses()
         self._plan: NoisePlan | None = None
-        self._identities: list[int] = []
+        self._identities: list[tuple[int, float]] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
         self._added = False
@@ -174,6 +187,7 @@ class GradientNoiseHandle:
             self.step += self._added
             self._frame = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it as it is
     @torch.no_grad()
     def _add_noise(self, optimizer: Optimizer) -> None:
         """Add the noise of the present t to every gradient of the optimizer."""
@@ -183,15 +197,17 @@ class GradientNoiseHandle:
         grad_scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if grad_scale is None else grad_scale.item()
         std = float(self._schedule(self.step))
-        if not 0 <= std < float("inf"):
+        if not 0 <= std < math.inf:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
         plan = self._current_plan(optimizer)
-        if self.measuring:
-            gradients = plan.gradients()
-            self.grad_norm = total_norm(gradients) / scale
-            self.noise_norm = std * sum(gradient.numel() for gradient in gradients) ** 0.5
+        if self.measuring or self._relative:
+            self.grad_norm, weight = total_norm(plan.gradients()) / scale, plan.noise_norm()
+            if self._relative:
+                norm = float(self.grad_norm)
+                std = std * norm / weight if weight and math.isfinite(norm) else 0.0
+            self.noise_norm = std * weight
         if plan.add_noise(std * scale, (self._seed, self._stream), self.step):
             self._added, self.std = True, std
 
@@ -200,17 +216,22 @@ class GradientNoiseHandle:
         return self._current_plan(optimizer).gradients()
 
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
-        """The plan for the optimizer's parameters, made anew when a parameter group was added or removed."""
+        """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         groups = optimizer.param_groups
-        identities = [id(parameter) for group in groups for parameter in group["params"]]
+        identities = [(id(p), group.get("noise_scale", 1.0)) for group in groups for p in group["params"]]
         if self._plan is None or identities != self._identities:
             names: dict[nn.Parameter, str] = {}  # each parameter once
+            scales: dict[nn.Parameter, float] = {}
             model_names = (
                 {} if self._model is None else {p: _strip_wrappers(n) for n, p in self._model.named_parameters()}
             )
             for group in groups:
+                scale = group.get("noise_scale", 1.0)
+                if not 0 <= scale < math.inf:
+                    raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
                 own_names = group.get("param_names") or [None] * len(group["params"])
                 for parameter, own_name in zip(group["params"], own_names, strict=True):
+                    scales.setdefault(parameter, float(scale))
                     names.setdefault(parameter, own_name or model_names.get(parameter) or f"#{len(names)}")
             # All of the model's: those that join the optimizer later have their places by then.
             everything = {**{name: p for p, name in model_names.items()}, **{name: p for p, name in names.items()}}
@@ -219,7 +240,7 @@ class GradientNoiseHandle:
             chosen = {name: p for p, name in names.items() if self._params is None or self._params(name, p)}
             if names and not chosen:
                 warnings.warn(f"params chooses none of the optimizer's {len(names)} parameters.", stacklevel=2)
-            self._plan = NoisePlan(chosen, self._addresses)
+            self._plan = NoisePlan(chosen, self._addresses, [scales[p] for p in chosen.values()])
             self._identities = identities
         return self._plan
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -64,43 +64,65 @@ class _Block:
     window: tuple[slice, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A parameter, the factor of its σ, and where its numbers are: the name of their vector, and the first address."""
+
+    parameter: torch.nn.Parameter
+    scale: float
+    vector: str
+    start: int
+
+
 class NoisePlan:
     """How the gradients of some parameters get their noise; made once, used at every step.
 
     Args:
         parameters: the parameters by name.
         addresses: where the small ones lie in their shared vector.
+        scales: a factor of σ for each parameter, >= 0; by default 1.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], addresses: SharedAddresses) -> None:
-        self._parameters = list(parameters.values())
-        self._own = {name: p for name, p in parameters.items() if not is_small(p)}
-        small = {name: p for name, p in parameters.items() if is_small(p)}
-        by_chunk: dict[int, list[tuple[int, torch.nn.Parameter]]] = {}
-        self._shared: list[tuple[int, torch.nn.Parameter]] = []
-        for name, parameter in small.items():
-            place = addresses[name], parameter
-            if type(parameter.data) is Tensor and parameter.device.type == "cpu":
-                by_chunk.setdefault(place[0] // _SMALL, []).append(place)
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        addresses: SharedAddresses,
+        scales: list[float] | None = None,
+    ) -> None:
+        self._places = [
+            _Place(p, scale, "", addresses[name]) if is_small(p) else _Place(p, scale, name, 0)
+            for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True)
+        ]
+        by_chunk: dict[tuple[int, float], list[_Place]] = {}
+        self._single: list[_Place] = []
+        for place in self._places:
+            plain = type(place.parameter.data) is Tensor and place.parameter.device.type == "cpu"
+            if plain and is_small(place.parameter):
+                by_chunk.setdefault((place.start // _SMALL, place.scale), []).append(place)
             else:
-                self._shared.append(place)
+                self._single.append(place)
         self._groups: list[_SmallGroup] = []
-        for chunk, places in sorted(by_chunk.items()):
+        for (chunk, scale), places in sorted(by_chunk.items()):
             if len(self._groups) < _MOST_BUFFERED:
-                self._groups.append(_SmallGroup(chunk, places))
+                self._groups.append(_SmallGroup(chunk, scale, places))
             else:
-                self._shared += places
+                self._single += places
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are there."""
-        return [p.grad for p in self._parameters if p.grad is not None]
+        return [place.parameter.grad for place in self._places if place.parameter.grad is not None]
+
+    def noise_norm(self) -> float:
+        """Root of the expected squared norm of the noise on the gradients that are there, for σ = 1."""
+        present = (place for place in self._places if place.parameter.grad is not None)
+        return sqrt(sum(place.scale**2 * place.parameter.numel() for place in present))
 
     def add_noise(self, std: float, stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
 
         Args:
-            std: standard deviation of a real element, and of the modulus of a complex one.
-            stream: what the noise is keyed by beside the name and the step.
+            std: standard deviation of a real element, and root of E|z|² of a complex one, for a scale of 1.
+            stream: what the noise is keyed by beside the vector's name and the step.
             step: t.
 
         Raises:
@@ -108,27 +130,28 @@ class NoisePlan:
         """
         shared_key = stream_key(*stream, "", step)
         blocks: list[tuple[bytes, float, _Block]] = []
-        sources = [(shared_key, start, p) for start, p in self._shared]
-        sources += [(stream_key(*stream, name, step), 0, p) for name, p in self._own.items()]
         grouped: list[_Task] = []
+        places = list(self._single)
         for group in self._groups:
             task, odd = group.task(std, shared_key)
             grouped += [task] if task is not None else []
-            sources += [(shared_key, start, p) for start, p in odd]
-        for key, start, parameter in sources:
-            if parameter.grad is not None:
-                scale = std * 0.5**0.5 if parameter.is_complex() else std
-                blocks += [(key, scale, block) for block in _blocks(parameter, start)]
+            places += odd
+        for place in places:
+            if place.parameter.grad is not None:
+                key = stream_key(*stream, place.vector, step) if place.vector else shared_key
+                scale = std * place.scale * (0.5**0.5 if place.parameter.is_complex() else 1.0)
+                blocks += [(key, scale, block) for block in _blocks(place.parameter, place.start)]
         if not (blocks or grouped):
             return False
-        if std != 0:
-            for device in {block.tensor.device for *_, block in blocks} | {torch.device("cpu")}:
-                tasks = list(_tasks([item for item in blocks if item[2].tensor.device == device], device))
-                elements = sum(block.tensor.numel() for *_, block in blocks if block.tensor.device == device)
-                if device.type == "cpu":
-                    tasks += grouped
-                    elements += len(grouped) * _SMALL
-                _run(tasks, device, elements)
+        blocks = [item for item in blocks if item[1] != 0]
+        for device in {block.tensor.device for *_, block in blocks} | {torch.device("cpu")}:
+            here = [item for item in blocks if item[2].tensor.device == device]
+            tasks = list(_tasks(here, device))
+            elements = sum(block.tensor.numel() for *_, block in here)
+            if device.type == "cpu" and std != 0:
+                tasks += grouped
+                elements += len(grouped) * _SMALL
+            _run(tasks, device, elements)
         return True
 
 
@@ -150,35 +173,38 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 class _SmallGroup:
     """Small parameters on the CPU that share a chunk: the chunk has a buffer, and the numbers' views are kept."""
 
-    def __init__(self, chunk: int, places: list[tuple[int, torch.nn.Parameter]]) -> None:
+    def __init__(self, chunk: int, scale: float, places: list[_Place]) -> None:
         self._chunk = chunk
+        self._scale = scale
         self._places = places
-        starts = [start - chunk * _SMALL for start, _ in places]
-        self._stop = max(start + p.numel() for start, (_, p) in zip(starts, places, strict=True))
+        spans = [(place.start - chunk * _SMALL, place.parameter) for place in places]
+        self._stop = max(start + p.numel() for start, p in spans)
         self._buffer = torch.empty(-(-self._stop // 16) * 16)
-        self._views = [
-            self._buffer[start : start + p.numel()].view(p.shape) for start, (_, p) in zip(starts, places, strict=True)
-        ]
+        self._views = [self._buffer[start : start + p.numel()].view(p.shape) for start, p in spans]
 
-    def task(self, std: float, key: bytes) -> tuple[_Task | None, list[tuple[int, torch.nn.Parameter]]]:
+    def task(self, std: float, key: bytes) -> tuple[_Task | None, list[_Place]]:
         """What is to do for the gradients as they are now, and the places of those that need another way."""
-        gradients = [p.grad for _, p in self._places if p.grad is not None and p.grad.layout is torch.strided]
+        grads = [place.parameter.grad for place in self._places]
+        gradients = [g for g in grads if g is not None and g.layout is torch.strided]
         views, odd = self._views, []
         if len(gradients) < len(views):
-            odd = [(start, p) for start, p in self._places if p.grad is not None and p.grad.layout is not torch.strided]
-            views = [
-                v
-                for (_, p), v in zip(self._places, views, strict=True)
-                if p.grad is not None and p.grad.layout is torch.strided
+            present = [
+                (g, place, view) for g, place, view in zip(grads, self._places, views, strict=True) if g is not None
             ]
+            odd = [place for g, place, _ in present if g.layout is not torch.strided]
+            views = [view for g, _, view in present if g.layout is torch.strided]
             if not gradients:
                 return None, odd
 
         def add(buffer: Tensor, generator: torch.Generator) -> None:
             draw_chunk(self._buffer, key, self._chunk, self._stop, generator)
-            torch._foreach_add_(gradients, views, alpha=std)
+            torch._foreach_add_(gradients, views, alpha=std * self._scale)
 
-        return add, odd
+        return (add if self._scale else _nothing), odd
+
+
+def _nothing(buffer: Tensor, generator: torch.Generator) -> None:
+    """The work of a scale of 0."""
 
 
 def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Net, SpySGD, all_equal, batches, loader, parameters_of, quiet_trainer, scalars
-from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -16,6 +16,11 @@ from torch import nn
 
 from lightning_noisy import GradientNoise
 from lightning_noisy.schedules import Constant, InverseDecay, Linear
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+except ImportError:
+    WeightAveraging = None
 
 
 def unit_sgd(parameters):
@@ -383,6 +388,40 @@ def test_resuming_with_another_seed_warns_and_uses_it(tmp_path):
     trainer = quiet_trainer(callbacks=[GradientNoise(seed=2)], max_epochs=2)
     with pytest.warns(UserWarning, match="checkpoint with seed 1"):
         trainer.fit(Net(), loader(batches(4)), ckpt_path=path)
+
+
+def test_a_checkpoint_without_the_callback_starts_the_noise_with_a_message(tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "plain.ckpt")
+
+    fit(Flat(), [Save(), Timer()])
+    module = Flat()
+    trainer = quiet_trainer(callbacks=[GradientNoise(eta=0.3, seed=0), Timer()], max_epochs=2)
+    with pytest.warns(UserWarning, match="written without GradientNoise: its noise starts at t = 0"):
+        trainer.fit(module, loader(batches(4)), ckpt_path=tmp_path / "plain.ckpt")
+    assert module.seen[0].std().item() == pytest.approx(0.3**0.5, rel=0.012)
+
+
+@pytest.mark.skipif(WeightAveraging is None, reason="came with Lightning 2.6")
+def test_gradient_noise_works_beside_weight_averaging():
+    def run(callbacks):
+        module = Flat(100)
+        fit(module, [GradientNoise(eta=1.0, seed=0), *callbacks])
+        return module
+
+    averaged, plain = run([WeightAveraging()]), run([])
+    assert all_equal(averaged.seen, plain.seen)
+
+
+def test_relative_noise_by_the_callback():
+    class Steep(Flat):
+        def training_step(self, batch, batch_idx):
+            return 3 * self.w.sum()
+
+    module = Steep()
+    fit(module, [GradientNoise(schedule=Constant(0.1), relative=True, seed=0)])
+    assert [grads.std().item() for grads in module.seen] == pytest.approx([0.3] * 4, rel=0.02)
 
 
 def test_two_instances_have_a_state_and_a_stream_each(tmp_path):

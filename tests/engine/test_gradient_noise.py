@@ -137,6 +137,78 @@ def test_noise_goes_to_the_chosen_parameters_alone_and_is_what_it_would_be_witho
         assert torch.equal(parameter, expected), name
 
 
+def test_noise_scale_of_a_parameter_group_multiplies_sigma():
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (50_000, 20_000, 50_000, 9)]
+    scales = [1.0, 0.5, 0.25, 0.0]
+    optimizer = torch.optim.SGD([{"params": [p], "noise_scale": s} for p, s in zip(parameters, scales, strict=True)])
+    handle = add_gradient_noise(optimizer, Constant(2.0))
+    handle.measuring = True
+
+    def noise():
+        for p in parameters:
+            p.grad = -torch.zeros_like(p)
+        optimizer.step()
+        return [p.grad for p in parameters]
+
+    grads = noise()
+    assert [g.std().item() for g in grads[:3]] == pytest.approx([2.0, 1.0, 0.5], rel=0.02)
+    assert grads[3].signbit().all()  # not a bit is changed
+    assert handle.noise_norm == pytest.approx(2.0 * (50_000 + 20_000 / 4 + 50_000 / 16) ** 0.5)
+    optimizer.param_groups[1]["noise_scale"] = 4.0
+    assert noise()[1].std().item() == pytest.approx(8.0, rel=0.02)
+    optimizer.param_groups[1]["noise_scale"] = -1.0
+    with pytest.raises(ValueError, match="noise_scale of a parameter group must be finite and >= 0, got -1"):
+        optimizer.step()
+
+
+def test_relative_noise_has_a_fixed_ratio_to_the_gradient():
+    (a, b), optimizer = zero_gradient_sgd(30_000, (200, 300))
+    handle = add_gradient_noise(optimizer, Constant(0.5), relative=True)
+    for size in (0.01, 100.0):
+        for p in (a, b):
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+        for p in (a, b):
+            assert p.grad.std().item() == pytest.approx(0.5 * size, rel=0.02)
+        assert handle.std == pytest.approx(0.5 * size, rel=1e-5)
+    a.grad = torch.full_like(a, float("inf"))
+    b.grad = torch.ones_like(b)
+    optimizer.step()
+    assert b.grad.unique().tolist() == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_noise_reaches_a_compiled_step():
+    (w,), optimizer = zero_gradient_sgd(100_000)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    step = torch.compile(optimizer.step, backend="eager")
+    for t in (1, 2):
+        w.grad = torch.zeros_like(w)
+        step()
+        assert handle.step == t
+        assert w.grad.std().item() == pytest.approx(1.0, rel=0.01)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer around another, with its parameter groups."""
+
+    def __init__(self, base):
+        self.base = base
+        super().__init__(base.param_groups, base.defaults)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_noise_of_a_wrapping_optimizer_is_added_once():
+    (w,), base = zero_gradient_sgd(100_000)
+    optimizer = Lookahead(base)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    optimizer.step()
+    assert w.grad.std().item() == pytest.approx(1.0, rel=0.01)
+    assert handle.step == 1
+
+
 def test_choosing_no_parameter_warns():
     _, optimizer = zero_gradient_sgd(10)
     handle = add_gradient_noise(optimizer, Constant(1.0), params=lambda name, parameter: False)
