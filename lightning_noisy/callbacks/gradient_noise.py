@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -110,6 +111,11 @@ class GradientNoise(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                "GradientNoise doesn't run under DeepSpeed, whose engine clips and steps out of sight. Use"
+                " ModelParallelStrategy (FSDP2) or DDP."
+            )
         self._final = []
         seed = self.seed
         if seed is None:
@@ -155,8 +161,9 @@ class GradientNoise(pl.Callback):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             return  # the gradients are still scaled, and Lightning doesn't clip them
         for index, handle in enumerate(self._handles):
-            if handle.measuring and trainer.optimizers[index] is optimizer:
-                self._norms_before[index] = total_norm(handle.gradients(optimizer))
+            measured = handle.measuring and trainer.optimizers[index] is optimizer
+            if measured and (gradients := handle.gradients(optimizer)):
+                self._norms_before[index] = total_norm(gradients)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

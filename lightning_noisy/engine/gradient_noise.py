@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small, total_norm
 from lightning_noisy.schedules import Schedule
 
@@ -129,6 +130,7 @@ class GradientNoiseHandle:
         self._relative = relative
         self._addresses = SharedAddresses()
         self._plan: NoisePlan | None = None
+        self._sees_all = True  # whether gradients are whole, or know their whole
         self._identities: list[tuple[int, float]] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
@@ -202,7 +204,9 @@ class GradientNoiseHandle:
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
         plan = self._current_plan(optimizer)
-        if self.measuring or self._relative:
+        if self._relative and not self._sees_all:
+            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
+        if self._sees_all and (self.measuring or self._relative):
             self.grad_norm, weight = total_norm(plan.gradients()) / scale, plan.noise_norm()
             if self._relative:
                 norm = float(self.grad_norm)
@@ -212,8 +216,9 @@ class GradientNoiseHandle:
             self._added, self.std = True, std
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """The gradients that are there now and get noise at the optimizer's step."""
-        return self._current_plan(optimizer).gradients()
+        """The gradients that are there now and get noise at the optimizer's step; none if they are flat shards."""
+        gradients = self._current_plan(optimizer).gradients()
+        return gradients if self._sees_all else []
 
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
@@ -235,12 +240,16 @@ class GradientNoiseHandle:
                     names.setdefault(parameter, own_name or model_names.get(parameter) or f"#{len(names)}")
             # All of the model's: those that join the optimizer later have their places by then.
             everything = {**{name: p for p, name in model_names.items()}, **{name: p for p, name in names.items()}}
-            sizes = {name: p.numel() for name, p in everything.items() if not is_lazy(p) and is_small(p)}
-            self._addresses.extend(sizes)
+            shards = {} if self._model is None else flat_shards(self._model)
+            self._sees_all = not shards
+            numel = {
+                name: shards[p][1] if p in shards else p.numel() for name, p in everything.items() if not is_lazy(p)
+            }
+            self._addresses.extend({name: n for name, n in numel.items() if is_small(everything[name], n)})
             chosen = {name: p for p, name in names.items() if self._params is None or self._params(name, p)}
             if names and not chosen:
                 warnings.warn(f"params chooses none of the optimizer's {len(names)} parameters.", stacklevel=2)
-            self._plan = NoisePlan(chosen, self._addresses, [scales[p] for p in chosen.values()])
+            self._plan = NoisePlan(chosen, self._addresses, [scales[p] for p in chosen.values()], shards)
             self._identities = identities
         return self._plan
 

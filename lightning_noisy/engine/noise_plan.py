@@ -49,9 +49,9 @@ class SharedAddresses:
         return self._addresses[name]
 
 
-def is_small(parameter: Tensor) -> bool:
-    """Whether the parameter, with all its shards, shares a vector with others."""
-    return parameter.numel() < _SMALL and not parameter.is_complex()
+def is_small(parameter: Tensor, numel: int | None = None) -> bool:
+    """Whether the parameter, of ``numel`` elements with all its shards, shares a vector with others."""
+    return (parameter.numel() if numel is None else numel) < _SMALL and not parameter.is_complex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class NoisePlan:
         parameters: the parameters by name.
         addresses: where the small ones lie in their shared vector.
         scales: a factor of σ for each parameter, >= 0; by default 1.
+        shards: for parameters that are flat shards, the first element and the number of elements of the whole.
     """
 
     def __init__(
@@ -88,16 +89,18 @@ class NoisePlan:
         parameters: dict[str, torch.nn.Parameter],
         addresses: SharedAddresses,
         scales: list[float] | None = None,
+        shards: dict[torch.nn.Parameter, tuple[int, int]] | None = None,
     ) -> None:
-        self._places = [
-            _Place(p, scale, "", addresses[name]) if is_small(p) else _Place(p, scale, name, 0)
-            for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True)
-        ]
+        self._places = []
+        for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True):
+            first, numel = (shards or {}).get(p, (0, p.numel()))
+            small = is_small(p, numel)
+            self._places.append(_Place(p, scale, "" if small else name, first + (addresses[name] if small else 0)))
         by_chunk: dict[tuple[int, float], list[_Place]] = {}
         self._single: list[_Place] = []
         for place in self._places:
             plain = type(place.parameter.data) is Tensor and place.parameter.device.type == "cpu"
-            if plain and is_small(place.parameter):
+            if plain and not place.vector:
                 by_chunk.setdefault((place.start // _SMALL, place.scale), []).append(place)
             else:
                 self._single.append(place)
@@ -141,7 +144,7 @@ class NoisePlan:
                 key = stream_key(*stream, place.vector, step) if place.vector else shared_key
                 scale = std * place.scale * (0.5**0.5 if place.parameter.is_complex() else 1.0)
                 blocks += [(key, scale, block) for block in _blocks(place.parameter, place.start)]
-        if not (blocks or grouped):
+        if not (grouped or any(place.parameter.grad is not None for place in places)):
             return False
         blocks = [item for item in blocks if item[1] != 0]
         for device in {block.tensor.device for *_, block in blocks} | {torch.device("cpu")}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -77,6 +78,10 @@ def main(out: Path) -> None:
         logger=TensorBoardLogger(out, "events", ""),
         log_every_n_steps=2,
     )
+
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that takes its interpreter down
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from helpers import loader, quiet_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_noisy import GradientNoise
+from lightning_noisy import GradientNoise, add_gradient_noise
+from lightning_noisy.schedules import InverseDecay
 
 # case: (hidden width, data-parallel size, tensor-parallel size)
 CASES = {"even": (1000, 2, 1), "uneven": (1001, 2, 1), "tensor": (1000, 1, 2), "mesh": (1000, 2, 2)}
@@ -70,8 +72,27 @@ def full(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
-def main(out: Path, case: str) -> None:
-    warnings.simplefilter("ignore")
+def run_fsdp1(out: Path) -> None:
+    """torch's first FSDP, in a plain loop: Lightning refuses it on the CPU."""
+    torch.distributed.init_process_group("gloo")
+    layers = Sharded(1001).net
+    model = FullyShardedDataParallel(layers, device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = add_gradient_noise(optimizer, InverseDecay(eta=1.0), seed=0, stream="0.0", model=model)
+    handle.measuring = True
+    for batch in DATA[:3]:
+        optimizer.zero_grad()
+        (0 * model(batch).sum()).backward()
+        optimizer.step()
+    assert handle.grad_norm is None
+    with FullyShardedDataParallel.summon_full_params(model):
+        state = {f"net.{name}": value.detach().clone() for name, value in layers.named_parameters()}
+    if torch.distributed.get_rank() == 0:
+        torch.save({"state": state}, out / "fsdp1.pt")
+
+
+def run_lightning(out: Path, case: str) -> None:
+    """Under Lightning's ModelParallelStrategy."""
     width, data, tensor = CASES[case]
     strategy = ModelParallelStrategy(
         data_parallel_size=data, tensor_parallel_size=tensor, save_distributed_checkpoint=False
@@ -89,6 +110,17 @@ def main(out: Path, case: str) -> None:
     state = {name: full(parameter) for name, parameter in model.named_parameters()}
     if trainer.is_global_zero:
         torch.save({"kinds": kinds, "state": state}, out / f"{case}.pt")
+
+
+def main(out: Path, case: str) -> None:
+    warnings.simplefilter("ignore")
+    if case == "fsdp1":
+        run_fsdp1(out)
+    else:
+        run_lightning(out, case)
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that takes its interpreter down
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import loader, quiet_trainer
+from torch import nn
 
-from lightning_noisy import GradientNoise
+from lightning_noisy import GradientNoise, add_gradient_noise
+from lightning_noisy.schedules import InverseDecay
 
 HERE = Path(__file__).parent
 
@@ -63,6 +65,23 @@ def test_shards_add_the_noise_of_one_process(out, runs, case, processes):
     for name, value in expected.items():
         assert value.count_nonzero() == value.numel(), name
         assert torch.equal(result["state"][name], value), name
+
+
+@pytest.mark.slow
+def test_flat_shards_of_the_first_fsdp_add_the_noise_of_one_process(out):
+    state = launch(out, "fsdp1", 2)["state"]
+    # Lightning's names begin with "net.", so the same names are given to the model in this process.
+    model = nn.Sequential(nn.Linear(40, 1001), nn.ReLU(), nn.Linear(1001, 60), nn.Linear(60, 1))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    add_gradient_noise(optimizer, InverseDecay(eta=1.0), seed=0, stream="0.0", model=model)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(state[f"net.{name}"], parameter.detach()), name
 
 
 @pytest.mark.slow
