@@ -47,11 +47,12 @@ class Model(Net):
         super().__init__()
 
 
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*Jsonargparse")  # of what Lightning calls
 def test_callbacks_are_made_and_run_from_yaml(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     (tmp_path / "config.yaml").write_text(YAML)
     arguments = ["fit", "--config", str(tmp_path / "config.yaml")]
-    cli = LightningCLI(Model, Data, args=arguments, save_config_callback=None)
+    cli = LightningCLI(Model, Data, args=arguments, save_config_callback=None, seed_everything_default=False)
     noise = cli.trainer.callbacks[0]
     assert noise.schedule == Warmup(Linear(1.0), steps=2)
     assert noise.state_dict() == {"optimizers": [{"seed": 3, "step": 3}]}
