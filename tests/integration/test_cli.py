@@ -47,7 +47,7 @@ class Model(Net):
         super().__init__()
 
 
-@pytest.mark.filterwarnings(r"ignore:[\s\S]*Jsonargparse")  # of what Lightning calls
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*(Jsonargparse|ArgumentParser)")  # Lightning calls what is deprecated
 def test_callbacks_are_made_and_run_from_yaml(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     (tmp_path / "config.yaml").write_text(YAML)
