@@ -43,7 +43,8 @@ class GradientNoise(pl.Callback):
     ============================= ======================================================================
     ``gradient_noise/std``        σ of the step
     ``gradient_noise/snr``        norm of the clipped gradient over the expected norm of the noise, σ√n
-    ``grad_norm/before_clipping`` norm of the gradient; like the next, over the parameters that get noise
+    ``grad_norm/before_clipping`` norm of the gradient; like the next, over the parameters that get noise;
+                                  in automatic optimization, where Lightning clips
     ``grad_norm/after_clipping``  what clipping leaves of it
     ============================= ======================================================================
 
@@ -119,10 +120,13 @@ class GradientNoise(pl.Callback):
         self._final = []
         seed = self.seed
         if seed is None:
-            seed = int(os.environ.get("PL_GLOBAL_SEED") or trainer.strategy.broadcast(secrets.randbits(32)))
+            seed = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbits(32))
+        seed = trainer.strategy.broadcast(seed)  # ranks may have been seeded differently, for their data
         schedule = self.schedule
         if isinstance(schedule, HorizonSchedule) and schedule.is_open:
             total = trainer.estimated_stepping_batches
+            if total == trainer.max_steps:
+                total /= len(trainer.optimizers) or 1  # Lightning counts the steps of all
             if total == float("inf"):
                 raise MisconfigurationException(
                     f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
@@ -150,13 +154,15 @@ class GradientNoise(pl.Callback):
         """Measure norms if this batch's values will be logged."""
         for handle in self._handles:
             handle.measuring = is_logging_due(trainer)
-            handle.grad_norm = None
+            handle.std = handle.grad_norm = None
         self._norms_before = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the norm before clipping."""
+        if not pl_module.automatic_optimization:
+            return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             return  # the gradients are still scaled, and Lightning doesn't clip them
@@ -204,6 +210,7 @@ class GradientNoise(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the noise off the optimizers."""
         self._detach()
+        self._restored = None
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and t of each optimizer's noise: plain numbers."""

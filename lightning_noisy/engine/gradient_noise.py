@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -50,8 +52,8 @@ def add_gradient_noise(
         schedule: maps t (int) to the standard deviation σ (float, >= 0).
         seed: seed of the noise.
         stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
-        model: where the parameters' names come from, unless the optimizer has them (``param_names``).
-            Without either, parameters are named by their position in the optimizer.
+        model: where the parameters' names come from. Without it they come from the optimizer (``param_names``), and
+            from their position in it if that has none.
         params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
         relative: make σ a multiple of the root mean square of the gradient's elements (after clipping, over all
             parameters that get noise), so that the signal-to-noise ratio is 1 / ``schedule(t)``. It costs a host
@@ -110,7 +112,7 @@ class GradientNoiseHandle:
             raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
-        self._seed = seed
+        self._seed = operator.index(seed)
         self._stream = stream
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
@@ -131,6 +133,7 @@ class GradientNoiseHandle:
         self._addresses = SharedAddresses()
         self._plan: NoisePlan | None = None
         self._sees_all = True  # whether gradients are whole, or know their whole
+        self._known: list[nn.Parameter] = []
         self._identities: list[tuple[int, float]] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
@@ -147,12 +150,12 @@ class GradientNoiseHandle:
         self._frame = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and t, as plain numbers."""
-        return {"seed": self._seed, "step": self.step}
+        """Seed, stream and t: plain numbers and strings."""
+        return {"seed": self._seed, "stream": self._stream, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the seed and t of :meth:`state_dict`."""
-        self._seed, self.step = state["seed"], state["step"]
+        """Go on with the seed, the stream and the t of :meth:`state_dict`."""
+        self._seed, self._stream, self.step = state["seed"], state["stream"], state["step"]
 
     def __enter__(self) -> GradientNoiseHandle:
         return self
@@ -206,8 +209,9 @@ class GradientNoiseHandle:
         plan = self._current_plan(optimizer)
         if self._relative and not self._sees_all:
             raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
-        if self._sees_all and (self.measuring or self._relative):
-            self.grad_norm, weight = total_norm(plan.gradients()) / scale, plan.noise_norm()
+        gradients = plan.gradients() if self._sees_all and (self.measuring or self._relative) else []
+        if gradients:
+            self.grad_norm, weight = total_norm(gradients) / scale, plan.noise_norm()
             if self._relative:
                 norm = float(self.grad_norm)
                 std = std * norm / weight if weight and math.isfinite(norm) else 0.0
@@ -224,34 +228,46 @@ class GradientNoiseHandle:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         groups = optimizer.param_groups
         identities = [(id(p), group.get("noise_scale", 1.0)) for group in groups for p in group["params"]]
-        if self._plan is None or identities != self._identities:
-            names: dict[nn.Parameter, str] = {}  # each parameter once
-            scales: dict[nn.Parameter, float] = {}
-            model_names = (
-                {} if self._model is None else {p: _strip_wrappers(n) for n, p in self._model.named_parameters()}
-            )
-            for group in groups:
-                scale = group.get("noise_scale", 1.0)
-                if not 0 <= scale < math.inf:
-                    raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
-                own_names = group.get("param_names") or [None] * len(group["params"])
-                for parameter, own_name in zip(group["params"], own_names, strict=True):
-                    scales.setdefault(parameter, float(scale))
-                    names.setdefault(parameter, own_name or model_names.get(parameter) or f"#{len(names)}")
-            # All of the model's: those that join the optimizer later have their places by then.
-            everything = {**{name: p for p, name in model_names.items()}, **{name: p for p, name in names.items()}}
-            shards = {} if self._model is None else flat_shards(self._model)
-            self._sees_all = not shards
-            numel = {
-                name: shards[p][1] if p in shards else p.numel() for name, p in everything.items() if not is_lazy(p)
-            }
-            self._addresses.extend({name: n for name, n in numel.items() if is_small(everything[name], n)})
-            chosen = {name: p for p, name in names.items() if self._params is None or self._params(name, p)}
-            if names and not chosen:
-                warnings.warn(f"params chooses none of the optimizer's {len(names)} parameters.", stacklevel=2)
-            self._plan = NoisePlan(chosen, self._addresses, [scales[p] for p in chosen.values()], shards)
-            self._identities = identities
+        if self._plan is None or identities != self._identities or self._plan.is_stale():
+            if self._plan is not None and self._plan.is_stale():
+                self._addresses = SharedAddresses()
+            self._plan = self._make_plan(optimizer)
+            self._known = [p for group in groups for p in group["params"]]  # alive, so that no id is used again
+            self._identities = [] if any(map(is_lazy, self._known)) else identities
         return self._plan
+
+    def _make_plan(self, optimizer: Optimizer) -> NoisePlan:
+        model = self._model.module if isinstance(self._model, (DataParallel, DistributedDataParallel)) else self._model
+        names: dict[nn.Parameter, str] = {}
+        if isinstance(model, nn.Module):
+            names = {p: _strip_wrappers(name) for name, p in model.named_parameters()}
+        taken, chosen, scales = set(names.values()), {}, []
+        seen: set[nn.Parameter] = set()
+        for group in optimizer.param_groups:
+            scale = group.get("noise_scale", 1.0)
+            if not 0 <= scale < math.inf:
+                raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
+            own_names = group.get("param_names") or [None] * len(group["params"])
+            for parameter, own_name in zip(group["params"], own_names, strict=True):
+                if parameter in seen:
+                    continue
+                if parameter not in names:
+                    name = _strip_wrappers(own_name) if own_name else f"#{len(seen)}"
+                    names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # of another module
+                    taken.add(names[parameter])
+                seen.add(parameter)
+                # Lazy ones have no elements yet; the plan is made anew once they do.
+                if not is_lazy(parameter) and (self._params is None or self._params(names[parameter], parameter)):
+                    chosen[names[parameter]] = parameter
+                    scales.append(float(scale))
+        if seen and not chosen:
+            warnings.warn(f"params chooses none of the optimizer's {len(seen)} parameters.", stacklevel=2)
+        shards = {} if model is None else flat_shards(model)
+        self._sees_all = not shards
+        # Also of the model's other parameters: those that join the optimizer later have their places by then.
+        numel = {p: shards[p][1] if p in shards else p.numel() for p in names if not is_lazy(p)}
+        self._addresses.extend({names[p]: n for p, n in numel.items() if is_small(p, n)})
+        return NoisePlan(chosen, self._addresses, scales, shards)
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

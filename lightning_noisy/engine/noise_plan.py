@@ -61,7 +61,7 @@ class _Block:
     tensor: Tensor
     start: int
     shape: tuple[int, ...]
-    window: tuple[slice, ...] | None = None
+    window: tuple[slice | Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,18 @@ class NoisePlan:
 
     def noise_norm(self) -> float:
         """Root of the expected squared norm of the noise on the gradients that are there, for σ = 1."""
-        present = (place for place in self._places if place.parameter.grad is not None)
-        return sqrt(sum(place.scale**2 * place.parameter.numel() for place in present))
+        total = 0.0
+        for place in self._places:
+            gradient = place.parameter.grad
+            if gradient is not None:
+                if gradient.is_sparse:
+                    gradient = gradient.coalesce().values()
+                total += place.scale**2 * gradient.numel()
+        return sqrt(total)
+
+    def is_stale(self) -> bool:
+        """Whether small parameters have other shapes, or are elsewhere, than when the plan was made."""
+        return any(group.is_stale() for group in self._groups)
 
     def add_noise(self, std: float, stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
@@ -161,11 +171,15 @@ class NoisePlan:
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, whole ones and shards: a 0-dimensional float32 tensor, on all ranks."""
     groups: dict[object, list[Tensor]] = {}
+    norms = []
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.is_sparse else gradient
+        if dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
+            norms.append(torch.nn.utils.get_total_norm([dense.float()]))
+            continue
         kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
         groups.setdefault(kind, []).append(dense)
-    norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
+    norms += [torch.nn.utils.get_total_norm(group) for group in groups.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     if not whole:
         return torch.zeros(())
@@ -182,8 +196,14 @@ class _SmallGroup:
         self._places = places
         spans = [(place.start - chunk * _SMALL, place.parameter) for place in places]
         self._stop = max(start + p.numel() for start, p in spans)
-        self._buffer = torch.empty(-(-self._stop // 16) * 16)
+        self._buffer = torch.empty(-(-self._stop // 16) * 16, dtype=torch.float32, device="cpu")
+        self._shapes = [p.shape for _, p in spans]
         self._views = [self._buffer[start : start + p.numel()].view(p.shape) for start, p in spans]
+
+    def is_stale(self) -> bool:
+        """Whether the parameters have other shapes, or are elsewhere, than the views of their numbers."""
+        moved = self._places[0].parameter.device.type != "cpu"
+        return moved or [place.parameter.shape for place in self._places] != self._shapes
 
     def task(self, std: float, key: bytes) -> tuple[_Task | None, list[_Place]]:
         """What is to do for the gradients as they are now, and the places of those that need another way."""
@@ -222,17 +242,27 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
             )
         shape, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
         local = gradient.to_local()
+        whole, offset, shape = tuple(gradient.shape), tuple(offset), tuple(shape)
+        if local.is_complex():
+            local, whole, offset, shape = torch.view_as_real(local), (*whole, 2), (*offset, 0), (*shape, 2)
         if local.numel():
-            yield from _windows(local, start, tuple(gradient.shape), tuple(offset), tuple(shape))
+            yield from _windows(local, start, whole, offset, shape)
     elif gradient.layout == torch.sparse_coo:
         # Rows without a gradient get no noise, as they get no update from a sparse optimizer.
         parameter.grad = gradient = gradient.coalesce()
-        rows, values = gradient.indices(), gradient.values()
         if gradient.sparse_dim() != 1:
             raise TypeError(f"Noise on a sparse gradient needs one sparse dimension, got {gradient.sparse_dim()}.")
+        rows, values = gradient.indices()[0], gradient.values()
+        if values.is_complex():
+            values = torch.view_as_real(values)
         size = prod(values.shape[1:])
-        for row, value in zip(rows[0].tolist(), values, strict=True):
-            yield _Block(value, start + row * size, tuple(value.shape))
+        height = max(1, _MOST_AT_ONCE // max(size, 1))  # rows of the whole that are drawn at once
+        for top in range(0, gradient.shape[0], height):
+            first, last = torch.searchsorted(rows, torch.tensor([top, top + height], device=rows.device)).tolist()
+            if first < last:
+                window = (rows[first:last] - top,)
+                bottom = min(top + height, gradient.shape[0])
+                yield _Block(values[first:last], start + top * size, (bottom - top, *values.shape[1:]), window)
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
     elif gradient.is_complex():
@@ -303,6 +333,10 @@ def _portions(block: _Block) -> Iterator[_Block]:
         yield block
         return
     row = prod(block.shape[1:])
+    if row > _MOST_AT_ONCE:
+        for i in range(block.shape[0]):
+            yield from _portions(_Block(block.tensor[i], block.start + i * row, block.shape[1:]))
+        return
     rows = max(1, _MOST_AT_ONCE // max(row, 1))
     for i in range(0, block.shape[0], rows):
         part = block.tensor[i : i + rows]
@@ -314,7 +348,8 @@ def _run(tasks: list[_Task], device: torch.device, elements: int) -> None:
 
     @torch.no_grad()
     def work(share: list[_Task]) -> None:
-        buffer, generator = torch.empty(chunk_size(device), device=device), torch.Generator(device)
+        buffer = torch.empty(chunk_size(device), dtype=torch.float32, device=device)
+        generator = torch.Generator(device)
         for task in share:
             task(buffer, generator)
 

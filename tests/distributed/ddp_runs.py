@@ -66,6 +66,8 @@ def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     run(zero_model(), [GradientNoise(eta=1.0, seed=0), Disturb()], out, "zero")
     run(zero_model(), [Unseeded(eta=1.0), Disturb()], out, "unseeded")
+    L.seed_everything(10 + int(os.environ["LOCAL_RANK"]), verbose=False)  # as for augmentation that differs by rank
+    run(zero_model(), [GradientNoise(eta=1.0)], out, "ranked")
     torch.manual_seed(0)
     model = replace_activations(Net(), "nsw")
     run(model, [GradientNoise(seed=0), ActivationMonitor(), Disturb()], out, "swap")

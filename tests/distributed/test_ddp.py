@@ -72,6 +72,12 @@ def test_ranks_share_a_seed_that_is_drawn(out):
 
 
 @pytest.mark.slow
+def test_ranks_that_are_seeded_differently_add_the_same_noise(out):
+    assert equal(*states(out, "ranked"))
+    assert states(out, "ranked")[0]["net.weight"].any()
+
+
+@pytest.mark.slow
 def test_swapped_model_has_equal_parameters_on_all_ranks(out):
     first, second = states(out, "swap")
     parameters = [name for name in first if "running" not in name and "num_" not in name]

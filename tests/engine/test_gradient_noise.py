@@ -36,7 +36,7 @@ def test_noise_is_the_documented_function_of_seed_stream_name_and_step():
     model = nn.ModuleDict({"large": nn.Linear(300, 200), "b": nn.Linear(4, 3), "a": nn.Linear(4, 3)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     handle = add_gradient_noise(optimizer, Constant(0.5), seed=3, stream="x", model=model)
-    handle.load_state_dict({"seed": 3, "step": 11})
+    handle.load_state_dict({"seed": 3, "stream": "x", "step": 11})
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
         parameter.grad = torch.zeros_like(parameter)
@@ -209,6 +209,83 @@ def test_noise_of_a_wrapping_optimizer_is_added_once():
     assert handle.step == 1
 
 
+def test_parameters_of_equal_names_get_noise_each():
+    layers = [nn.Linear(30, 30, bias=False), nn.Linear(30, 30, bias=False)]
+    optimizer = torch.optim.SGD([{"params": list(layer.named_parameters())} for layer in layers], lr=1.0)
+    add_gradient_noise(optimizer, Constant(1.0))
+    for layer in layers:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    noises = torch.stack([layer.weight.grad.flatten() for layer in layers])
+    assert abs(torch.corrcoef(noises)[0, 1]) < 4 / 30
+    assert noises.std(1).tolist() == pytest.approx([1, 1], rel=0.1)
+
+
+def test_names_that_an_optimizer_has_from_a_compiled_model_are_those_of_the_model():
+    def run(wrap):
+        model = nn.Sequential(nn.Linear(4, 4))
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.SGD(wrap(model).named_parameters(), lr=1.0)
+        add_gradient_noise(optimizer, Constant(1.0))
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    assert all_equal(run(lambda model: model), run(torch.compile))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_noise_does_not_depend_on_the_default_dtype(dtype):
+    def run(default):
+        parameters, optimizer = zero_gradient_sgd(100, 50_000)
+        add_gradient_noise(optimizer, Constant(1.0))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(before)
+        return [p.grad for p in parameters]
+
+    assert all_equal(run(torch.float32), run(dtype))
+
+
+def test_noise_notices_that_a_parameter_has_another_shape():
+    (a, b), optimizer = zero_gradient_sgd(4, (100, 7))
+    add_gradient_noise(optimizer, Constant(1.0))
+    optimizer.step()
+    a.data = torch.zeros(3, 4)
+    a.grad = torch.zeros(3, 4)
+    b.grad = torch.zeros_like(b)
+    optimizer.step()
+    assert a.grad.unique().numel() == 12
+    assert b.grad.unique().numel() == 700
+
+
+def test_noise_reaches_lazy_parameters_once_they_have_elements():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.LazyLinear(3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(1.0), model=model)
+    for layers in (model[:1], model):
+        optimizer.zero_grad()
+        sum(0 * layer(torch.ones(2, 3)).sum() for layer in layers).backward()
+        optimizer.step()
+    assert handle.step == 2
+    assert model[1].weight.grad.count_nonzero() == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_half_precision_gradients_are_computed_in_float32(dtype):
+    w = nn.Parameter(torch.zeros(100_000, dtype=dtype))
+    w.grad = torch.full_like(w, 300.0)
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    handle = add_gradient_noise(optimizer, Constant(0.1), relative=True)
+    optimizer.step()
+    assert handle.grad_norm.item() == pytest.approx(300 * 100_000**0.5, rel=2e-4)
+    assert w.grad.float().std().item() == pytest.approx(30, rel=0.02)
+
+
 def test_choosing_no_parameter_warns():
     _, optimizer = zero_gradient_sgd(10)
     handle = add_gradient_noise(optimizer, Constant(1.0), params=lambda name, parameter: False)
@@ -236,7 +313,7 @@ def test_norms_are_measured_before_the_noise_when_asked_for():
     embedding(torch.tensor([1, 1, 3])).sum().backward()
     optimizer.step()
     assert handle.grad_norm.item() == pytest.approx((40_003 / 4 + 20) ** 0.5)
-    assert handle.noise_norm == pytest.approx(2.0 * (40_003 + 36) ** 0.5)
+    assert handle.noise_norm == pytest.approx(2.0 * (40_003 + 8) ** 0.5)  # two rows of the table
 
 
 def test_noise_counts_a_tied_parameter_once():

@@ -84,6 +84,30 @@ def test_plan_ignores_the_strides_of_a_gradient(shape):
     assert torch.equal(gradient.contiguous(), reference("conv", torch.zeros(shape), addresses, 1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("height", [100, 60_000])
+def test_sparse_rows_get_the_numbers_of_the_whole(dtype, height):
+    rows = torch.tensor([0, 1, 17, height // 2, height - 1])
+    parameters = parameters_of({"table": (height, 24)}, dtype)
+    table = parameters["table"]
+    table.grad = torch.sparse_coo_tensor(
+        rows[None], torch.zeros(5, 24, dtype=dtype), (height, 24), check_invariants=True
+    )
+    plan, addresses = plan_of(parameters)
+    plan.add_noise(1.0, ("s",), 0)
+    expected = reference("table", torch.zeros(height, 24, dtype=dtype), addresses, 1.0)
+    assert torch.equal(table.grad.values(), expected[rows])
+
+
+def test_plan_of_a_gradient_with_few_long_rows():
+    shape = (2, 1_200_000)
+    parameters = parameters_of({"wide": shape})
+    parameters["wide"].grad = torch.zeros(shape[::-1]).t()
+    plan, addresses = plan_of(parameters)
+    plan.add_noise(1.0, ("s",), 0)
+    assert torch.equal(parameters["wide"].grad, reference("wide", torch.zeros(shape), addresses, 1.0))
+
+
 def test_plan_goes_on_when_gradients_come_and_go():
     parameters = parameters_of({"a": (10,), "b": (20,), "c": (40_000,)})
     plan, addresses = plan_of(parameters)
