@@ -134,7 +134,7 @@ class GradientNoiseHandle:
         self._plan: NoisePlan | None = None
         self._sees_all = True  # whether gradients are whole, or know their whole
         self._known: list[nn.Parameter] = []
-        self._identities: list[tuple[int, float]] = []
+        self._identities: list[tuple[float, list[int]]] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
         self._added = False
@@ -227,7 +227,7 @@ class GradientNoiseHandle:
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         groups = optimizer.param_groups
-        identities = [(id(p), group.get("noise_scale", 1.0)) for group in groups for p in group["params"]]
+        identities = [(group.get("noise_scale", 1.0), list(map(id, group["params"]))) for group in groups]
         if self._plan is None or identities != self._identities or self._plan.is_stale():
             if self._plan is not None and self._plan.is_stale():
                 self._addresses = SharedAddresses()

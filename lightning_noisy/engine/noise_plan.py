@@ -24,7 +24,8 @@ __all__ = ["NoisePlan", "SharedAddresses", "is_small", "total_norm"]
 _SMALL = 1 << 15  # elements; smaller parameters share a vector
 _MOST_BUFFERED = 128  # chunks of the shared vector with a buffer of their own: 16 MiB
 _MOST_AT_ONCE = 1 << 20  # elements of a block that is drawn apart from its place: 4 MiB
-_WORTH_THREADS = 1 << 18  # elements
+# Elements, 11 ms of one thread: for a millisecond or more after a backward pass torch's own threads spin on the cores.
+_WORTH_THREADS = 1 << 22
 
 # A piece of work: adds some numbers with the help of a scratch buffer and a generator.
 _Task = Callable[[Tensor, torch.Generator], None]

@@ -58,7 +58,8 @@ def test_plan_equals_the_reference_for_every_size_and_dtype(dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_plan_is_independent_of_the_number_of_threads(threads):
+def test_plan_is_independent_of_the_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr("lightning_noisy.engine.noise_plan._WORTH_THREADS", 0)
     before = torch.get_num_threads()
     sizes = {f"large{i}": (2 * CHUNK + i,) for i in range(6)} | {f"small{i}": (1000 + i,) for i in range(200)}
     parameters = parameters_of(sizes)
