@@ -14,6 +14,8 @@ from lightning_noisy import GradientNoise, add_gradient_noise
 from lightning_noisy.schedules import InverseDecay
 
 HERE = Path(__file__).parent
+OLD_TORCH = torch.__version__.startswith("2.6.")
+needs_fsdp2_on_cpu = pytest.mark.skipif(OLD_TORCH, reason="torch 2.6 runs FSDP2 on accelerators alone")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,7 @@ def alone(runs, case, *, steps, ckpt_path=None):
 
 
 @pytest.mark.slow
+@needs_fsdp2_on_cpu
 @pytest.mark.parametrize(("case", "processes"), [("even", 2), ("uneven", 2), ("tensor", 2), ("mesh", 4)])
 def test_shards_add_the_noise_of_one_process(out, runs, case, processes):
     result = launch(out, case, processes)
@@ -85,6 +88,7 @@ def test_flat_shards_of_the_first_fsdp_add_the_noise_of_one_process(out):
 
 
 @pytest.mark.slow
+@needs_fsdp2_on_cpu
 @pytest.mark.filterwarnings("ignore:.*world size", "ignore:.*devices")
 def test_noise_of_a_sharded_run_goes_on_in_one_process(out, runs):
     if not (out / "uneven.ckpt").exists():

@@ -177,7 +177,7 @@ def test_relative_noise_has_a_fixed_ratio_to_the_gradient():
     assert b.grad.unique().tolist() == [1]
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace", "ignore:Graph break due to unsupported builtin")
 def test_noise_reaches_a_compiled_step():
     (w,), optimizer = zero_gradient_sgd(100_000)
     handle = add_gradient_noise(optimizer, Constant(1.0))
