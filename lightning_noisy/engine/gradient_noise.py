@@ -44,7 +44,8 @@ def add_gradient_noise(
     (``seed``, ``stream``, the parameter's name, t, i): the same on one process and under any sharding, which draws
     just its share; global random states are neither used nor changed. (Parameters below 32,768 elements share a
     vector of numbers, so their noise depends on which others of the model are that small, too.) A parameter without
-    a gradient gets no noise, and a step without any gradient doesn't count.
+    a gradient gets no noise, and a step without any gradient doesn't count. A parameter group with a key
+    ``"noise_scale"`` (float, >= 0) has σ multiplied by it.
 
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
@@ -60,14 +61,13 @@ def add_gradient_noise(
             sync per step; a gradient that is not finite gets no noise. Shards sum the squares in another order than
             one process does, so that σ may differ in its last digits.
 
-    A parameter group with a key ``"noise_scale"`` (float, >= 0) has σ multiplied by it.
-
     Returns:
         A handle to read and restore t, and to remove the noise. It is a context manager, too.
 
     Raises:
         TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
-        ValueError: if the optimizer has noise of the same seed and stream already.
+        ValueError: if the optimizer has noise of the same seed and stream already; at a step, if ``schedule`` or a
+            ``"noise_scale"`` gives something that is no finite number >= 0.
 
     >>> weight = nn.Parameter(torch.zeros(100_000))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
