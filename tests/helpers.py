@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,16 @@ def scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """All scalars of a TensorBoard event file: tag -> [(step, value), ...]."""
     events = EventAccumulator(str(folder), size_guidance=STORE_EVERYTHING_SIZE_GUIDANCE).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def run_processes(script: Path, processes: int, *arguments: str) -> None:
+    """Run a script of this folder in several processes that form a group; fail with what they said if they fail."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment.pop("PL_GLOBAL_SEED", None)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, str(script), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:

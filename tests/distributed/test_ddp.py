@@ -1,14 +1,11 @@
 """Two processes under Lightning's DDP strategy (gloo, CPU)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import loader, quiet_trainer, scalars
+from helpers import loader, quiet_trainer, run_processes, scalars
 
 from lightning_noisy import GradientNoise
 
@@ -18,21 +15,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    environment.pop("PL_GLOBAL_SEED", None)
-    script = str(HERE / "ddp_runs.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        str(folder),
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_processes(HERE / "ddp_runs.py", 2, str(folder))
     return folder
 
 

@@ -1,13 +1,10 @@
 """FSDP2 and tensor parallel under Lightning's ModelParallelStrategy (gloo, CPU): the noise of one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import loader, quiet_trainer
+from helpers import loader, quiet_trainer, run_processes
 from torch import nn
 
 from lightning_noisy import GradientNoise, add_gradient_noise
@@ -33,19 +30,7 @@ def runs(monkeypatch):
 
 
 def launch(out, case, processes):
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    script = [str(HERE / "sharded_runs.py"), str(out), case]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        *script,
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_processes(HERE / "sharded_runs.py", processes, str(out), case)
     return torch.load(out / f"{case}.pt", weights_only=True)
 
 
