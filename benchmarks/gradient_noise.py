@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
-from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, _run, _tasks, _windows, is_small
-from lightning_noisy.functional import stream_key
+from lightning_noisy.engine.noise_plan import NoisePlan
 from lightning_noisy.schedules import Constant
 
 CASES = {
@@ -41,13 +40,6 @@ def parameters_of(sizes: list[int]) -> dict[str, nn.Parameter]:
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     return parameters
-
-
-def plan_of(parameters: dict[str, nn.Parameter]) -> NoisePlan:
-    """What `add_gradient_noise` makes at the first step."""
-    addresses = SharedAddresses()
-    addresses.extend({name: p.numel() for name, p in parameters.items() if is_small(p)})
-    return NoisePlan(parameters, addresses)
 
 
 class Nothing(torch.optim.Optimizer):
@@ -95,36 +87,26 @@ def measure(case: str, rounds: int) -> dict[str, float]:
         peer, ours = medians(*functions, rounds=rounds)
         return {"peer": peer, "ours": ours}
     if case == "linear":
-        half, whole = (plan_of(parameters_of([size] * 10)) for size in (2_500_000, 5_000_000))
+        half, whole = (NoisePlan(parameters_of([size] * 10)) for size in (2_500_000, 5_000_000))
         functions = (lambda: half.add_noise(0.01, (0,), 0), lambda: whole.add_noise(0.01, (0,), 0))
         small, large = medians(*functions, rounds=rounds)
         return {"ratio": large / small}
     if case == "shards":
-        # What one of n processes does of 25 M elements in 60 tensors: the rows of the middle process.
-        key, shape = (0,), (1000, 416)
-        steps: list[Callable[[], object]] = []
+        # What one of n processes does of 25 M elements in 60 tensors: the shard from the middle on.
+        plans = []
         for n in (1, 2, 4):
-            rows = shape[0] // n
-            locals_ = [torch.zeros(rows, shape[1]) for _ in range(60)]
-            steps.append(partial(add_shards, locals_, shape, rows * (n // 2), key))
-        whole, *parts = medians(*steps, rounds=rounds)
+            size = 25_000_000 // 60 // n
+            parameters = parameters_of([size] * 60)
+            plans.append(NoisePlan(parameters, shards=dict.fromkeys(parameters.values(), n // 2 * size)))
+        whole, *parts = medians(*(partial(plan.add_noise, 0.01, (0,), 0) for plan in plans), rounds=rounds)
         return {str(n): n * part / whole for n, part in zip((2, 4), parts, strict=True)}
     parameters = parameters_of([10_000_000] * 10)
     for parameter in parameters.values():
         parameter.grad.fill_(0.0)
-    plan_of(parameters_of([1 << 20, 100])).add_noise(1.0, (0,), 0)  # what threads take is not the noise's
+    NoisePlan(parameters_of([1 << 20])).add_noise(1.0, (0,), 0)  # what torch's threads take is not the noise's
     before = peak_mib()
-    plan_of(parameters).add_noise(1.0, (0,), 0)
+    NoisePlan(parameters).add_noise(1.0, (0,), 0)
     return {"MiB": peak_mib() - before}
-
-
-def add_shards(shards: list[torch.Tensor], shape: tuple[int, int], row: int, key: tuple[int, ...]) -> None:
-    """Add the noise of some rows of whole tensors, as for the shards of FSDP2."""
-    cpu, blocks = torch.device("cpu"), []
-    for index, shard in enumerate(shards):
-        windows = _windows(shard, 0, shape, (row, 0), tuple(shard.shape))
-        blocks += [(stream_key(*key, index), 0.01, block) for block in windows]
-    _run(list(_tasks(blocks, cpu)), cpu, sum(shard.numel() for shard in shards))
 
 
 def main() -> None:

@@ -33,8 +33,7 @@ class GradientNoise(pl.Callback):
 
     It works in automatic and manual optimization. The noise has a random stream of its own: it is a function of
     the seed, the optimizer's index, the parameter's name and t, so all ranks of data-parallel training add the
-    same, a resumed run goes on as if it had not stopped, and the global random states are not touched. What else
-    the noise of small parameters depends on: see :func:`lightning_noisy.add_gradient_noise`.
+    same, a resumed run goes on as if it had not stopped, and the global random states are not touched.
 
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
     need schedules of different classes or values, and their noises are independent.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 __all__ = ["flat_shards"]
 
 
-def flat_shards(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
-    """Of each parameter that is a flat shard: its first element in the whole, and the whole's elements.
+def flat_shards(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Of each parameter that is a flat shard: the index of its first element in the whole.
 
     FSDP flattens the parameters of a module into one vector and gives each rank a stretch of it; with
     ``use_orig_params=True`` a parameter is then the flat part of itself that lies in the stretch.
@@ -25,7 +23,7 @@ def flat_shards(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
     Raises:
         TypeError: if a module was wrapped with ``use_orig_params=False``, where parameters have no names.
     """
-    shards: dict[nn.Parameter, tuple[int, int]] = {}
+    shards: dict[nn.Parameter, int] = {}
     for module in model.modules():
         handle = getattr(module, "_handle", None)
         if not isinstance(module, FullyShardedDataParallel) or handle is None or not handle.uses_sharded_strategy:
@@ -33,6 +31,6 @@ def flat_shards(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
         flat = handle.flat_param
         if flat._params is None:
             raise TypeError("Gradient noise needs the names of parameters: wrap with FSDP(use_orig_params=True).")
-        for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            shards[parameter] = (info.intra_param_start_idx or 0, prod(shape))
+        for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
+            shards[parameter] = info.intra_param_start_idx or 0
     return shards

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_noisy.engine.fsdp1 import flat_shards
-from lightning_noisy.engine.noise_plan import NoisePlan, SharedAddresses, is_small, total_norm
+from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
 from lightning_noisy.schedules import Schedule
 
 __all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
@@ -41,10 +41,9 @@ def add_gradient_noise(
     counts this optimizer's steps from 0 (Neelakantan et al., "Adding Gradient Noise Improves Learning for Very
     Deep Networks", 2015). The noise is added when the optimizer takes its step: after clipping, after gradient
     accumulation, and after the backward pass in a closure. Element i of a parameter's noise is a function of
-    (``seed``, ``stream``, the parameter's name, t, i): the same on one process and under any sharding, which draws
-    just its share; global random states are neither used nor changed. (Parameters below 32,768 elements share a
-    vector of numbers, so their noise depends on which others of the model are that small, too.) A parameter without
-    a gradient gets no noise, and a step without any gradient doesn't count. A parameter group with a key
+    (``seed``, ``stream``, the parameter's name, t, i) and of nothing else: the same on one process and under any
+    sharding, which draws just its share; global random states are neither used nor changed. A parameter without a
+    gradient gets no noise, and a step without any gradient doesn't count. A parameter group with a key
     ``"noise_scale"`` (float, >= 0) has σ multiplied by it.
 
     Args:
@@ -130,7 +129,6 @@ class GradientNoiseHandle:
         self._model = model
         self._params = params
         self._relative = relative
-        self._addresses = SharedAddresses()
         self._plan: NoisePlan | None = None
         self._sees_all = True  # whether gradients are whole, or know their whole
         self._known: list[nn.Parameter] = []
@@ -229,8 +227,6 @@ class GradientNoiseHandle:
         groups = optimizer.param_groups
         identities = [(group.get("noise_scale", 1.0), list(map(id, group["params"]))) for group in groups]
         if self._plan is None or identities != self._identities or self._plan.is_stale():
-            if self._plan is not None and self._plan.is_stale():
-                self._addresses = SharedAddresses()
             self._plan = self._make_plan(optimizer)
             self._known = [p for group in groups for p in group["params"]]  # alive, so that no id is used again
             self._identities = [] if any(map(is_lazy, self._known)) else identities
@@ -264,10 +260,7 @@ class GradientNoiseHandle:
             warnings.warn(f"params chooses none of the optimizer's {len(seen)} parameters.", stacklevel=2)
         shards = {} if model is None else flat_shards(model)
         self._sees_all = not shards
-        # Also of the model's other parameters: those that join the optimizer later have their places by then.
-        numel = {p: shards[p][1] if p in shards else p.numel() for p in names if not is_lazy(p)}
-        self._addresses.extend({names[p]: n for p, n in numel.items() if is_small(p, n)})
-        return NoisePlan(chosen, self._addresses, scales, shards)
+        return NoisePlan(chosen, scales, shards)
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

@@ -1,14 +1,13 @@
 """Which numbers of the noise each gradient gets, and adding them fast.
 
-A parameter of 32,768 elements or more has a vector of numbers to itself, keyed by its name. Smaller ones share
-one vector, in which they lie in the order of their names: one draw serves hundreds of them. Any shard of a
-gradient knows where in the whole it belongs, and draws just the chunks that it overlaps.
+Each parameter has numbers of its own, keyed by its name. Any shard of a gradient knows where in the whole it belongs,
+and draws just its share. Numbers are drawn in batches that fit the cache, for many small gradients at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -17,62 +16,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_noisy.functional.gaussian import chunk_size, draw_chunk, gaussian, stream_key
+from lightning_noisy.functional.gaussian import Key, Sampler, erfinv_at, signed, stream_key, substream
 
-__all__ = ["NoisePlan", "SharedAddresses", "is_small", "total_norm"]
+__all__ = ["NoisePlan", "total_norm"]
 
-_SMALL = 1 << 15  # elements; smaller parameters share a vector
-_MOST_BUFFERED = 128  # chunks of the shared vector with a buffer of their own: 16 MiB
-_MOST_AT_ONCE = 1 << 20  # elements of a block that is drawn apart from its place: 4 MiB
-# Elements, 11 ms of one thread: for a millisecond or more after a backward pass torch's own threads spin on the cores.
-_WORTH_THREADS = 1 << 22
-
-# A piece of work: adds some numbers with the help of a scratch buffer and a generator.
-_Task = Callable[[Tensor, torch.Generator], None]
-
-
-class SharedAddresses:
-    """Addresses of small parameters in the vector that they share, none of them across the end of a chunk."""
-
-    def __init__(self) -> None:
-        self._addresses: dict[str, int] = {}
-        self._end = 0
-
-    def extend(self, sizes: dict[str, int]) -> None:
-        """Give addresses to names that have none, in alphabetical order, after those that have."""
-        for name in sorted(sizes.keys() - self._addresses.keys()):
-            if self._end % _SMALL + sizes[name] > _SMALL:
-                self._end += -self._end % _SMALL
-            self._addresses[name] = self._end
-            self._end += sizes[name]
-
-    def __getitem__(self, name: str) -> int:
-        return self._addresses[name]
-
-
-def is_small(parameter: Tensor, numel: int | None = None) -> bool:
-    """Whether the parameter, of ``numel`` elements with all its shards, shares a vector with others."""
-    return (parameter.numel() if numel is None else numel) < _SMALL and not parameter.is_complex()
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A tensor that gets the numbers from ``start`` on, in ``shape``; of these, if given, those in ``window``."""
-
-    tensor: Tensor
-    start: int
-    shape: tuple[int, ...]
-    window: tuple[slice | Tensor, ...] | None = None
+_MOST_AT_ONCE = 1 << 16  # elements of a block that is not contiguous
+_SMALL = 1 << 13  # elements; below, setting up the counters costs more than drawing, and they are kept:
+_MOST_KEPT = 1 << 22  # for so many elements, in 16 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A parameter, the factor of its σ, and where its numbers are: the name of their vector, and the first address."""
+    """A parameter, the factor of its σ, what its name adds to a key, and the address of its first element."""
 
     parameter: torch.nn.Parameter
     scale: float
-    vector: str
+    offset: int
     start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A tensor whose elements have consecutive addresses in row-major order.
+
+    Or only those of a row have: then ``start`` has the first address of each row, and ``even`` says whether all
+    rows begin at an even address and have an even number of elements.
+    """
+
+    tensor: Tensor
+    start: int | Tensor
+    even: bool = False
 
 
 class NoisePlan:
@@ -80,37 +53,37 @@ class NoisePlan:
 
     Args:
         parameters: the parameters by name.
-        addresses: where the small ones lie in their shared vector.
         scales: a factor of σ for each parameter, >= 0; by default 1.
-        shards: for parameters that are flat shards, the first element and the number of elements of the whole.
+        shards: for parameters that are flat shards, the index of the first element in the whole.
     """
 
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
-        addresses: SharedAddresses,
         scales: list[float] | None = None,
-        shards: dict[torch.nn.Parameter, tuple[int, int]] | None = None,
+        shards: dict[torch.nn.Parameter, int] | None = None,
     ) -> None:
-        self._places = []
-        for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True):
-            first, numel = (shards or {}).get(p, (0, p.numel()))
-            small = is_small(p, numel)
-            self._places.append(_Place(p, scale, "" if small else name, first + (addresses[name] if small else 0)))
-        by_chunk: dict[tuple[int, float], list[_Place]] = {}
+        self._samplers: dict[torch.device, Sampler] = {}
+        self._places = [
+            _Place(p, scale, substream((0, 0), name)[0], (shards or {}).get(p, 0))
+            for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True)
+        ]
+        self._packs: list[_Pack] = []
         self._single: list[_Place] = []
+        kept = 0
+        open_packs: dict[tuple[torch.device, float], _Pack] = {}
         for place in self._places:
-            plain = type(place.parameter.data) is Tensor and place.parameter.device.type == "cpu"
-            if plain and not place.vector:
-                by_chunk.setdefault((place.start // _SMALL, place.scale), []).append(place)
-            else:
+            p = place.parameter
+            kept += p.numel()
+            if type(p.data) is not Tensor or p.is_complex() or place.start or p.numel() >= _SMALL or kept > _MOST_KEPT:
                 self._single.append(place)
-        self._groups: list[_SmallGroup] = []
-        for (chunk, scale), places in sorted(by_chunk.items()):
-            if len(self._groups) < _MOST_BUFFERED:
-                self._groups.append(_SmallGroup(chunk, scale, places))
-            else:
-                self._single += places
+                continue
+            pack = open_packs.get((p.device, place.scale))
+            if pack is None or not pack.take(place):
+                pack = open_packs[p.device, place.scale] = _Pack(self._sampler(p.device), place)
+                self._packs.append(pack)
+        for pack in self._packs:
+            pack.close()
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are there."""
@@ -128,45 +101,44 @@ class NoisePlan:
         return sqrt(total)
 
     def is_stale(self) -> bool:
-        """Whether small parameters have other shapes, or are elsewhere, than when the plan was made."""
-        return any(group.is_stale() for group in self._groups)
+        """Whether parameters have other sizes, or are elsewhere, than when the plan was made."""
+        return any(pack.is_stale() for pack in self._packs)
 
+    @torch.no_grad()
     def add_noise(self, std: float, stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
 
         Args:
             std: standard deviation of a real element, and root of E|z|² of a complex one, for a scale of 1.
-            stream: what the noise is keyed by beside the vector's name and the step.
+            stream: what the noise is keyed by beside the parameter's name and the step.
             step: t.
 
         Raises:
             TypeError: if a gradient is of a kind that noise can't be added to; none has got any then.
         """
-        shared_key = stream_key(*stream, "", step)
-        blocks: list[tuple[bytes, float, _Block]] = []
-        grouped: list[_Task] = []
-        places = list(self._single)
-        for group in self._groups:
-            task, odd = group.task(std, shared_key)
-            grouped += [task] if task is not None else []
-            places += odd
+        key, std = stream_key(*stream, step), std * sqrt(2)
+        packed = [(pack, *pack.gradients()) for pack in self._packs]
+        places = [place for place in self._single if place.parameter.grad is not None]
+        places += [place for _, _, others in packed for place in others]
+        batches: dict[tuple[torch.device, float], list[tuple[int, _Block]]] = {}
         for place in places:
-            if place.parameter.grad is not None:
-                key = stream_key(*stream, place.vector, step) if place.vector else shared_key
-                scale = std * place.scale * (0.5**0.5 if place.parameter.is_complex() else 1.0)
-                blocks += [(key, scale, block) for block in _blocks(place.parameter, place.start)]
-        if not (grouped or any(place.parameter.grad is not None for place in places)):
-            return False
-        blocks = [item for item in blocks if item[1] != 0]
-        for device in {block.tensor.device for *_, block in blocks} | {torch.device("cpu")}:
-            here = [item for item in blocks if item[2].tensor.device == device]
-            tasks = list(_tasks(here, device))
-            elements = sum(block.tensor.numel() for *_, block in here)
-            if device.type == "cpu" and std != 0:
-                tasks += grouped
-                elements += len(grouped) * _SMALL
-            _run(tasks, device, elements)
-        return True
+            scale = std * place.scale * (0.5**0.5 if place.parameter.is_complex() else 1.0)
+            for block in _blocks(place.parameter, place.start):
+                batches.setdefault((block.tensor.device, scale), []).append((place.offset, block))
+        if std != 0:
+            for pack, gradients, _ in packed:
+                pack.add_noise(gradients, std, key)
+            for (device, scale), blocks in batches.items():
+                batch = _Batch(self._sampler(device), scale, key)
+                for offset, block in blocks if scale else ():
+                    batch.add(block, offset)
+                batch.flush()
+        return bool(places) or any(g is not None for _, gradients, _ in packed for g in gradients)
+
+    def _sampler(self, device: torch.device) -> Sampler:
+        if device not in self._samplers:
+            self._samplers[device] = Sampler(device)
+        return self._samplers[device]
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -188,51 +160,131 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-class _SmallGroup:
-    """Small parameters on the CPU that share a chunk: the chunk has a buffer, and the numbers' views are kept."""
+class _Pack:
+    """Small parameters of one device and scale, drawn at once: their counters and the numbers' views are kept."""
 
-    def __init__(self, chunk: int, scale: float, places: list[_Place]) -> None:
-        self._chunk = chunk
-        self._scale = scale
-        self._places = places
-        spans = [(place.start - chunk * _SMALL, place.parameter) for place in places]
-        self._stop = max(start + p.numel() for start, p in spans)
-        self._buffer = torch.empty(-(-self._stop // 16) * 16, dtype=torch.float32, device="cpu")
-        self._shapes = [p.shape for _, p in spans]
-        self._views = [self._buffer[start : start + p.numel()].view(p.shape) for start, p in spans]
+    def __init__(self, sampler: Sampler, first: _Place) -> None:
+        self._sampler = sampler
+        self._places: list[_Place] = []
+        self._pairs = 0
+        self.take(first)
+
+    def take(self, place: _Place) -> bool:
+        """Add a parameter if there is room for it."""
+        pairs = _pairs(place.parameter)
+        if self._pairs + pairs > self._sampler.pairs:
+            return False
+        self._places.append(place)
+        self._pairs += pairs
+        return True
+
+    def close(self) -> None:
+        """Prepare for :meth:`add_noise`."""
+        self._scale = self._places[0].scale
+        self._parameters = [place.parameter for place in self._places]
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._views, counters, used = [], [], 0
+        for place, size in zip(self._places, self._sizes, strict=True):
+            pairs = _pairs(place.parameter)
+            counters.append(self._sampler.counters_of(0, pairs, place.offset))
+            self._views.append(self._sampler.numbers(size, 2 * used).view(place.parameter.shape))
+            used += pairs
+        self._counters = torch.cat(counters)
 
     def is_stale(self) -> bool:
-        """Whether the parameters have other shapes, or are elsewhere, than the views of their numbers."""
-        moved = self._places[0].parameter.device.type != "cpu"
-        return moved or [place.parameter.shape for place in self._places] != self._shapes
+        """Whether the parameters have other sizes, or are elsewhere, than the views of their numbers."""
+        moved = self._parameters[0].device != self._counters.device
+        return moved or [parameter.numel() for parameter in self._parameters] != self._sizes
 
-    def task(self, std: float, key: bytes) -> tuple[_Task | None, list[_Place]]:
-        """What is to do for the gradients as they are now, and the places of those that need another way."""
-        grads = [place.parameter.grad for place in self._places]
-        gradients = [g for g in grads if g is not None and g.layout is torch.strided]
-        views, odd = self._views, []
-        if len(gradients) < len(views):
-            present = [
-                (g, place, view) for g, place, view in zip(grads, self._places, views, strict=True) if g is not None
-            ]
-            odd = [place for g, place, _ in present if g.layout is not torch.strided]
-            views = [view for g, _, view in present if g.layout is torch.strided]
-            if not gradients:
-                return None, odd
+    def gradients(self) -> tuple[list[Tensor | None], list[_Place]]:
+        """The parameters' gradients, and the places of those that need another way, for which there is None."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        others = []
+        if {None if g is None else g.layout for g in gradients} - {None, torch.strided}:
+            for i, place in enumerate(self._places):
+                gradient = gradients[i]
+                if gradient is not None and gradient.layout is not torch.strided:
+                    gradients[i] = None
+                    others.append(place)
+        return gradients, others
 
-        def add(buffer: Tensor, generator: torch.Generator) -> None:
-            draw_chunk(self._buffer, key, self._chunk, self._stop, generator)
-            torch._foreach_add_(gradients, views, alpha=std * self._scale)
+    def add_noise(self, gradients: list[Tensor | None], std: float, key: Key) -> None:
+        """Add a step's noise to the gradients that are not None."""
+        present = [g for g in gradients if g is not None]
+        if not present or self._scale == 0:
+            return
+        views = self._views
+        if len(present) < len(views):
+            views = [view for g, view in zip(gradients, views, strict=True) if g is not None]
+        sampler = self._sampler
+        torch.add(self._counters, signed(key[0]), out=sampler.counters[: self._pairs])
+        sampler.draw(self._pairs, key[1])
+        with torch.inference_mode():  # spares each tensor what autograd would keep of it
+            torch._foreach_add_(present, views, alpha=std * self._scale)
 
-        return (add if self._scale else _nothing), odd
+
+def _pairs(parameter: Tensor) -> int:
+    return (parameter.numel() + 1) // 2
 
 
-def _nothing(buffer: Tensor, generator: torch.Generator) -> None:
-    """The work of a scale of 0."""
+class _Batch:
+    """Collects blocks of one device and σ until a sampler is full, and then draws the numbers of all."""
+
+    def __init__(self, sampler: Sampler, std: float, key: Key) -> None:
+        self._sampler = sampler
+        self._std = std
+        self._key = key
+        self._used = 0  # pairs
+        self._tensors: list[Tensor] = []
+        self._views: list[Tensor] = []
+
+    def add(self, block: _Block, offset: int) -> None:
+        """Take a block in, and add the noise to what there is no more room for."""
+        tensor, start = block.tensor, block.start
+        if isinstance(start, Tensor):
+            width = tensor.numel() // len(start)
+            if block.even:
+                self._put(tensor, start.view(-1, 1) // 2, width // 2, 0, offset)
+            else:
+                address = start.view(-1, 1) + torch.arange(width, device=start.device)
+                key = ((self._key[0] + offset) % 2**64, self._key[1])
+                tensor.add_(erfinv_at(key, address).view(tensor.shape), alpha=self._std)
+            return
+        if not tensor.is_contiguous():
+            self._put(tensor, start // 2, -(-(start % 2 + tensor.numel()) // 2), start % 2, offset)
+            return
+        tensor = tensor.view(-1)
+        while tensor.numel():
+            if self._used == self._sampler.pairs:
+                self.flush()
+            skip = start % 2
+            room = 2 * (self._sampler.pairs - self._used) - skip
+            part, tensor = tensor[:room], tensor[room:]
+            self._put(part, start // 2, -(-(skip + part.numel()) // 2), skip, offset)
+            start += part.numel()
+
+    def _put(self, tensor: Tensor, first: int | Tensor, pairs: int, skip: int, offset: int) -> None:
+        shape = (pairs,) if isinstance(first, int) else (len(first), pairs)
+        if self._used + prod(shape) > self._sampler.pairs:
+            self.flush()
+        end = self._used + prod(shape)
+        out = self._sampler.counters[self._used : end].view(shape)
+        self._sampler.counters_of(first, pairs, self._key[0] + offset, out=out)
+        self._tensors.append(tensor)
+        self._views.append(self._sampler.numbers(tensor.numel(), 2 * self._used + skip).view(tensor.shape))
+        self._used = end
+
+    def flush(self) -> None:
+        """Add the noise to what has been collected."""
+        if self._tensors:
+            self._sampler.draw(self._used, self._key[1])
+            with torch.inference_mode():
+                torch._foreach_add_(self._tensors, self._views, alpha=self._std)
+        self._used, self._tensors, self._views = 0, [], []
 
 
 def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
-    """The parts of a parameter's gradient, as plain dense real tensors."""
+    """The parts of a parameter's gradient, as plain dense real tensors, and where their numbers are."""
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -241,13 +293,12 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
                 f"A gradient of shape {tuple(gradient.shape)} is a partial sum ({gradient.placements}): every summand"
                 " would get the noise. Reduce it before the optimizer's step."
             )
-        shape, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
-        local = gradient.to_local()
-        whole, offset, shape = tuple(gradient.shape), tuple(offset), tuple(shape)
+        _, first = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+        local, whole, first = gradient.to_local(), tuple(gradient.shape), tuple(first)
         if local.is_complex():
-            local, whole, offset, shape = torch.view_as_real(local), (*whole, 2), (*offset, 0), (*shape, 2)
-        if local.numel():
-            yield from _windows(local, start, whole, offset, shape)
+            local, whole, first = torch.view_as_real(local), (*whole, 2), (*first, 0)
+        strides = _strides(whole)
+        yield from _windows(local, start + sum(map(operator.mul, first, strides)), strides)
     elif gradient.layout == torch.sparse_coo:
         # Rows without a gradient get no noise, as they get no update from a sparse optimizer.
         parameter.grad = gradient = gradient.coalesce()
@@ -256,109 +307,45 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
         rows, values = gradient.indices()[0], gradient.values()
         if values.is_complex():
             values = torch.view_as_real(values)
-        size = prod(values.shape[1:])
-        height = max(1, _MOST_AT_ONCE // max(size, 1))  # rows of the whole that are drawn at once
-        for top in range(0, gradient.shape[0], height):
-            first, last = torch.searchsorted(rows, torch.tensor([top, top + height], device=rows.device)).tolist()
-            if first < last:
-                window = (rows[first:last] - top,)
-                bottom = min(top + height, gradient.shape[0])
-                yield _Block(values[first:last], start + top * size, (bottom - top, *values.shape[1:]), window)
+        width = prod(values.shape[1:])
+        height = max(1, _MOST_AT_ONCE // max(width, 1))
+        if width > _MOST_AT_ONCE:
+            yield from (_Block(row, start + i * width) for i, row in zip(rows.tolist(), values, strict=True))
+        elif width:
+            for part, indices in zip(values.split(height), rows.split(height), strict=True):
+                yield _Block(part, start + indices * width, even=start % 2 == width % 2 == 0)
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
-    elif gradient.is_complex():
-        real = torch.view_as_real(gradient)
-        yield _Block(real, start, tuple(real.shape))
     else:
-        yield _Block(gradient, start, tuple(gradient.shape))
+        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        yield from _windows(real, start, _strides(tuple(real.shape)))
 
 
-def _windows(
-    local: Tensor, start: int, shape: tuple[int, ...], offset: tuple[int, ...], size: tuple[int, ...]
-) -> Iterator[_Block]:
-    """A shard that is ``size`` elements from ``offset`` on of a whole of ``shape``, as blocks."""
-    if len(shape) == 0 or size[1:] == shape[1:]:  # whole rows: their numbers lie one after another
-        row = prod(shape[1:])
-        yield _Block(local, start + (offset[0] * row if offset else 0), tuple(local.shape))
+def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[_Block]:
+    """Blocks of a tensor whose address goes up by ``steps`` along its dimensions."""
+    shape, size = tuple(tensor.shape), tensor.numel()
+    inner = len(shape)  # the dimensions from this one on lie one after another
+    while inner and (shape[inner - 1] == 1 or steps[inner - 1] == prod(shape[inner:])):
+        inner -= 1
+    if not size:
         return
-    row = prod(shape[1:])
-    if row > _MOST_AT_ONCE:
-        for i in range(size[0]):
-            yield from _windows(local[i], start + (offset[0] + i) * row, shape[1:], offset[1:], size[1:])
-        return
-    window = tuple(slice(o, o + n) for o, n in zip(offset[1:], size[1:], strict=True))
-    rows = max(1, _MOST_AT_ONCE // row)
-    for i in range(0, size[0], rows):
-        part = local[i : i + rows]
-        yield _Block(part, start + (offset[0] + i) * row, (len(part), *shape[1:]), (slice(None), *window))
+    if inner == 0 and (size <= _MOST_AT_ONCE or tensor.is_contiguous()):
+        yield _Block(tensor, start)
+    elif size <= _MOST_AT_ONCE:
+        starts = torch.full((1,), start, device=tensor.device)
+        for length, step in zip(shape[:inner], steps[:inner], strict=True):
+            starts = (starts[:, None] + torch.arange(length, device=tensor.device) * step).view(-1)
+        even = not any(number % 2 for number in (start, prod(shape[inner:]), *steps[:inner]))
+        yield _Block(tensor, starts, even)
+    elif (row := size // shape[0]) > _MOST_AT_ONCE:
+        for i in range(shape[0]):
+            yield from _windows(tensor[i], start + i * steps[0], steps[1:])
+    else:
+        rows = _MOST_AT_ONCE // row
+        for i in range(0, shape[0], rows):
+            yield from _windows(tensor[i : i + rows], start + i * steps[0], steps)
 
 
-def _tasks(blocks: list[tuple[bytes, float, _Block]], device: torch.device) -> Iterator[_Task]:
-    """The work that adds the numbers: per chunk where a tensor's memory has their order, else per block."""
-    chunk = chunk_size(device)
-    parts: dict[tuple[bytes, int, float], list[tuple[Tensor, int, int]]] = {}
-    for key, std, block in blocks:
-        if block.window is not None or not block.tensor.is_contiguous():
-            yield from (_apart(part, std, key) for part in _portions(block))
-            continue
-        flat, start = block.tensor.view(-1), block.start
-        while flat.numel():
-            index, first = divmod(start, chunk)
-            part, flat = flat[: chunk - first], flat[chunk - first :]
-            parts.setdefault((key, index, std), []).append((part, first, first + part.numel()))
-            start += part.numel()
-    yield from (_in_chunk(entries, *place) for place, entries in parts.items())
-
-
-def _in_chunk(entries: list[tuple[Tensor, int, int]], key: bytes, index: int, std: float) -> _Task:
-    def add(buffer: Tensor, generator: torch.Generator) -> None:
-        draw_chunk(buffer, key, index, max(last for *_, last in entries), generator)
-        for part, first, last in entries:
-            part.add_(buffer[first:last], alpha=std)
-
-    return add
-
-
-def _apart(block: _Block, std: float, key: bytes) -> _Task:
-    def add(buffer: Tensor, generator: torch.Generator) -> None:
-        stop = block.start + prod(block.shape)
-        noise = gaussian(key, block.start, stop, device=block.tensor.device).view(block.shape)
-        block.tensor.add_(noise if block.window is None else noise[block.window], alpha=std)
-
-    return add
-
-
-def _portions(block: _Block) -> Iterator[_Block]:
-    """A block in portions of rows that are drawn at once."""
-    if block.window is not None or block.tensor.dim() == 0:
-        yield block
-        return
-    row = prod(block.shape[1:])
-    if row > _MOST_AT_ONCE:
-        for i in range(block.shape[0]):
-            yield from _portions(_Block(block.tensor[i], block.start + i * row, block.shape[1:]))
-        return
-    rows = max(1, _MOST_AT_ONCE // max(row, 1))
-    for i in range(0, block.shape[0], rows):
-        part = block.tensor[i : i + rows]
-        yield _Block(part, block.start + i * row, tuple(part.shape))
-
-
-def _run(tasks: list[_Task], device: torch.device, elements: int) -> None:
-    """Do the work, on the CPU in as many threads as torch uses."""
-
-    @torch.no_grad()
-    def work(share: list[_Task]) -> None:
-        buffer = torch.empty(chunk_size(device), dtype=torch.float32, device=device)
-        generator = torch.Generator(device)
-        for task in share:
-            task(buffer, generator)
-
-    threads = min(torch.get_num_threads(), len(tasks)) if device.type == "cpu" and elements > _WORTH_THREADS else 1
-    if threads <= 1:
-        if tasks:
-            work(tasks)
-        return
-    # Made anew for each step: 0.1 ms beside several, and no thread is left behind or lost in a fork.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, [tasks[i::threads] for i in range(threads)]))
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))

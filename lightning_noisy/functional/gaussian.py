@@ -1,72 +1,159 @@
-"""Reproducible Gaussian noise: an endless vector of numbers per key, any part of which can be drawn alone.
+r"""Gaussian noise as a function: every number is computed from a key and its own address, and from nothing else.
 
-The vector is cut into chunks of fixed size, and each chunk has a generator of its own, seeded from the key and
-the chunk's index. So the number at an address is a function of the key and the address: not of what else is
-drawn, by which process or thread, nor of the global random state. On another kind of device the numbers are
-others, since torch's generators are, and processors with other vector instructions differ in the last bits.
-
-torch's CPU generator takes 32 bits of a seed, so that now and then two of a long training's many chunks, mostly
-of different steps, are the same: among n chunks about n² / 2³³ pairs.
+No generator is advanced, so any part of the noise can be had alone, by any process, in any order. Two neighbouring
+numbers come from one 64-bit counter: it starts as the key's first half plus the pair's index times Weyl's constant,
+is mixed with the key's second half, and twice with itself by shifting and multiplying (as SplitMix64 does; Steele, Lea
+and Flood 2014), and its two 32-bit words u become the numbers :math:`\sqrt 2\, \mathrm{erf}^{-1}(u / 2^{31})`.
+Integer arithmetic is exact everywhere; devices differ in the last bits of erf⁻¹. Numbers lie within ±5.43, as words
+of 32 bits, taken to float32, go no nearer to ±1.
 """
 
 from __future__ import annotations
 
 import hashlib
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_gaussian_", "chunk_size", "draw_chunk", "gaussian", "stream_key"]
+__all__ = ["Key", "Sampler", "add_gaussian_", "gaussian", "gaussian_at", "stream_key", "substream"]
+
+Key = tuple[int, int]
+
+_WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
+_FACTOR = 0xD6E8FEB86659FD93
+_TO_UNIT = (1 - 2**-24) / 2**31  # from a word, rounded to float32, into (-1, 1)
 
 
-def stream_key(*parts: int | str) -> bytes:
-    """Hash the parts that name a stream (seed, optimizer, step, ...) into its 128-bit key.
+def stream_key(*parts: int | str) -> Key:
+    """Hash the parts that name a stream (seed, optimizer, step, ...) into its key.
 
     Args:
         parts: integers and strings. Their order counts, and ``("a", "bc")`` differs from ``("ab", "c")``.
 
     Returns:
-        16 bytes.
+        Two integers of 64 bits.
 
     >>> stream_key(0, "weight", 1) == stream_key(0, "weight", 1) != stream_key(0, "weight", 2)
     True
     """
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def chunk_size(device: torch.device) -> int:
-    """Elements of a chunk, a multiple of 16.
+def substream(key: Key, name: str) -> Key:
+    """The key of one of many streams of a step: those of names lie far apart in the counters of ``key``.
 
-    On the CPU a chunk fits the cache, takes long beside setting up its generator, and is not split among
-    threads by torch; elsewhere it is large enough to occupy the device, in 16 MiB.
+    >>> substream(stream_key(0), "weight") != substream(stream_key(0), "bias")
+    True
     """
-    return 1 << (15 if device.type == "cpu" else 22)
+    return (key[0] + stream_key(name)[0]) % 2**64, key[1]
 
 
-def draw_chunk(buffer: Tensor, key: bytes, index: int, stop: int, generator: torch.Generator) -> None:
-    """Write the first ``stop`` numbers of a chunk, or more of them, into ``buffer``.
+def signed(number: int) -> int:
+    """A number of 64 bits as the int64 with the same bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mix_(counters: Tensor, other: Tensor, second: int) -> Tensor:
+    """Turn int64 counters into random bits in place, with ``other`` as scratch and the key's second half."""
+    # torch shifts int64 with the sign, so that an xor of the upper half into the lower one clears the top bit. It
+    # comes back with the product; the last step adds, to keep it.
+    torch.bitwise_right_shift(counters, 32, out=other)
+    torch.bitwise_xor(counters, other, out=counters)
+    torch.bitwise_xor(counters, second, out=counters)
+    torch.mul(counters, signed(_FACTOR), out=counters)
+    torch.bitwise_right_shift(counters, 32, out=other)
+    torch.bitwise_xor(counters, other, out=counters)
+    torch.mul(counters, signed(_FACTOR), out=counters)
+    torch.bitwise_right_shift(counters, 32, out=other)
+    return torch.add(counters, other, out=counters)
+
+
+def erfinv_at(key: Key, address: Tensor) -> Tensor:
+    """The numbers at any addresses with half their variance, erf⁻¹ of uniform ones: the reference of the Sampler."""
+    counters = (address >> 1) * signed(_WEYL) + signed(key[0])
+    bits = _mix_(counters, torch.empty_like(counters), signed(key[1]))
+    words = torch.where(address % 2 == 0, bits << 32 >> 32, bits >> 32)
+    return torch.erfinv(words.to(torch.float32) * _TO_UNIT)
+
+
+def gaussian_at(key: Key, address: Tensor) -> Tensor:
+    """The standard normal numbers of a key at any addresses.
 
     Args:
-        buffer: float32 tensor, shape (chunk_size,).
-        key: 16 bytes from :func:`stream_key`.
-        index: which chunk, >= 0.
-        stop: how many numbers are needed, <= chunk_size.
-        generator: of the buffer's device; it is seeded here.
+        key: from :func:`stream_key`.
+        address: int64 tensor of any shape, >= 0.
+
+    Returns:
+        Float32 tensor of the same shape, on the same device.
+
+    >>> address = torch.tensor([[4, 5], [0, 4]])
+    >>> numbers = gaussian_at(stream_key(0), address)
+    >>> bool(numbers[0, 0] == numbers[1, 1] != numbers[0, 1])
+    True
     """
-    digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8, key=key).digest()
-    generator.manual_seed(int.from_bytes(digest, "little"))
-    # torch's CPU generator draws in blocks of 16, so that a prefix of whole blocks is the same however long it is;
-    # fewer numbers, or a rest, it draws by another rule. On other devices only equal lengths give equal numbers.
-    if buffer.device.type == "cpu":
-        buffer = buffer[: -(-stop // 16) * 16]
-    buffer.normal_(generator=generator)
+    return erfinv_at(key, address) * sqrt(2)
 
 
-def gaussian(key: bytes, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """The standard normal numbers at addresses ``start`` to ``stop`` of a key's vector.
+class Sampler:
+    """Draws numbers fast, some ten thousand at a time, in memory that it keeps.
+
+    ``counters[:n]`` are to be set to what :meth:`counters_of` gives, or to parts of several such, plus the first half
+    of a key; then :meth:`draw` makes them into 2n numbers.
+
+    Attributes:
+        pairs: most pairs of numbers that can be drawn at once.
+        counters: int64 tensor, shape (pairs,).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # 2 MiB, which the caches of two cores hold, and elsewhere 16 MiB, to occupy the device.
+        self.pairs = 1 << (16 if device.type == "cpu" else 19)
+        self.counters, self._other = (torch.empty(self.pairs, dtype=torch.int64, device=device) for _ in range(2))
+        self._numbers = torch.empty(2 * self.pairs, dtype=torch.float32, device=device)
+        self._ramp = torch.arange(self.pairs, dtype=torch.int64, device=device).mul_(signed(_WEYL))
+
+    def counters_of(self, first: int | Tensor, pairs: int, offset: int, out: Tensor | None = None) -> Tensor:
+        """Counters of consecutive pairs of addresses.
+
+        Args:
+            first: index of the first pair, >= 0; or a tensor of them, shape (rows, 1).
+            pairs: how many, <= the sampler's.
+            offset: is added: the first half of a key, for one.
+            out: where to write them.
+
+        Returns:
+            Int64 tensor, shape (pairs,) or (rows, pairs).
+        """
+        if isinstance(first, Tensor):
+            return torch.add(first * signed(_WEYL) + signed(offset), self._ramp[:pairs], out=out)
+        return torch.add(self._ramp[:pairs], signed(first * _WEYL + offset), out=out)
+
+    def draw(self, pairs: int, second: int) -> Tensor:
+        """Make the first counters into numbers, divided by √2, which the scale of the noise can take in.
+
+        Args:
+            pairs: how many.
+            second: second half of the key.
+
+        Returns:
+            Float32 tensor, shape (2 * pairs,). The next call overwrites it.
+        """
+        bits = _mix_(self.counters[:pairs], self._other[:pairs], signed(second))
+        numbers = self._numbers[: 2 * pairs]
+        return torch.erfinv(numbers.copy_(bits.view(torch.int32)).mul_(_TO_UNIT), out=numbers)
+
+    def numbers(self, count: int, skip: int = 0) -> Tensor:
+        """The memory of what :meth:`draw` returns: ``count`` numbers from the one with index ``skip`` on."""
+        return self._numbers[skip : skip + count]
+
+
+def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """The standard normal numbers of a key at addresses ``start`` to ``stop``.
 
     Args:
-        key: 16 bytes from :func:`stream_key`.
+        key: from :func:`stream_key`.
         start: first address, >= 0.
         stop: one past the last address.
         device: where to draw them.
@@ -78,29 +165,22 @@ def gaussian(key: bytes, start: int, stop: int, *, device: torch.device | str = 
     >>> bool((gaussian(stream_key(0), 40_000, 40_003) == whole[40_000:40_003]).all())
     True
     """
-    device = torch.device(device)
-    size, generator = chunk_size(device), torch.Generator(device)
-    numbers = torch.empty(max(stop - start, 0), dtype=torch.float32, device=device)
-    buffer = torch.empty(size, dtype=torch.float32, device=device)
-    for index in range(start // size, -(-stop // size) if stop > start else 0):
-        first, last = max(start, index * size), min(stop, (index + 1) * size)
-        draw_chunk(buffer, key, index, last - index * size, generator)
-        numbers[first - start : last - start] = buffer[first - index * size : last - index * size]
-    return numbers
+    return gaussian_at(key, torch.arange(start, max(start, stop), device=device))
 
 
 @torch.no_grad()
-def add_gaussian_(tensor: Tensor, std: float, key: bytes, *, start: int = 0) -> Tensor:
+def add_gaussian_(tensor: Tensor, std: float, key: Key, *, start: int = 0) -> Tensor:
     r"""Add :math:`\mathcal N(0, \sigma^2)` noise in place: element ``i`` gets the number at ``start + i``.
 
     Elements are counted in row-major order, whatever the strides. Numbers are drawn in float32, added in the
     wider of the two dtypes and rounded once. A complex element z takes two numbers, and gets noise with
-    :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite.
+    :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite. (Readable, and the reference of what gradients
+    get; those are served by :class:`lightning_noisy.engine.noise_plan.NoisePlan`.)
 
     Args:
         tensor: strided real or complex float tensor of any shape, modified in place.
         std: σ, >= 0. With 0 the tensor is not touched.
-        key: 16 bytes from :func:`stream_key`.
+        key: from :func:`stream_key`.
         start: address of the first element, >= 0.
 
     Returns:
@@ -113,6 +193,6 @@ def add_gaussian_(tensor: Tensor, std: float, key: bytes, *, start: int = 0) -> 
     if tensor.is_complex():
         add_gaussian_(torch.view_as_real(tensor), std * 0.5**0.5, key, start=start)
     elif std != 0:
-        noise = gaussian(key, start, start + tensor.numel(), device=tensor.device)
-        tensor.add_(noise.view(tensor.shape), alpha=std)
+        address = torch.arange(start, start + tensor.numel(), device=tensor.device).view(tensor.shape)
+        tensor.add_(erfinv_at(key, address), alpha=std * sqrt(2))
     return tensor
