@@ -88,7 +88,7 @@ def measure(case: str, rounds: int) -> dict[str, float]:
         return {"peer": peer, "ours": ours}
     if case == "linear":
         half, whole = (NoisePlan(parameters_of([size] * 10)) for size in (2_500_000, 5_000_000))
-        functions = (lambda: half.add_noise(0.01, (0,), 0), lambda: whole.add_noise(0.01, (0,), 0))
+        functions = (lambda: half.add_noise([0.01], (0,), 0), lambda: whole.add_noise([0.01], (0,), 0))
         small, large = medians(*functions, rounds=rounds)
         return {"ratio": large / small}
     if case == "shards":
@@ -98,14 +98,14 @@ def measure(case: str, rounds: int) -> dict[str, float]:
             size = 25_000_000 // 60 // n
             parameters = parameters_of([size] * 60)
             plans.append(NoisePlan(parameters, shards=dict.fromkeys(parameters.values(), n // 2 * size)))
-        whole, *parts = medians(*(partial(plan.add_noise, 0.01, (0,), 0) for plan in plans), rounds=rounds)
+        whole, *parts = medians(*(partial(plan.add_noise, [0.01], (0,), 0) for plan in plans), rounds=rounds)
         return {str(n): n * part / whole for n, part in zip((2, 4), parts, strict=True)}
     parameters = parameters_of([10_000_000] * 10)
     for parameter in parameters.values():
         parameter.grad.fill_(0.0)
-    NoisePlan(parameters_of([1 << 20])).add_noise(1.0, (0,), 0)  # what torch's threads take is not the noise's
+    NoisePlan(parameters_of([1 << 20])).add_noise([1.0], (0,), 0)  # what torch's threads take is not the noise's
     before = peak_mib()
-    NoisePlan(parameters).add_noise(1.0, (0,), 0)
+    NoisePlan(parameters).add_noise([1.0], (0,), 0)
     return {"MiB": peak_mib() - before}
 
 

@@ -4,7 +4,8 @@ A schedule is a frozen dataclass that maps a step, counted from 0, to the **stan
 noise at that step: ``schedule(step) -> float``. Schedules are values: they compare, pickle and print.
 
 Some run towards a horizon, ``steps``. With ``steps="auto"`` it is the number of optimizer steps that the Trainer
-expects to take; elsewhere :meth:`~HorizonSchedule.resolved` fills it in. ``Piecewise`` and ``Warmup`` compose others.
+expects to take; elsewhere :meth:`~HorizonSchedule.resolved` fills it in. ``FollowLR`` and ``Langevin`` depend on the
+optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``Warmup`` compose others.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ __all__ = [
     "Constant",
     "Cosine",
     "Exponential",
+    "FollowLR",
     "HorizonSchedule",
     "InverseDecay",
     "InverseSqrt",
+    "Langevin",
     "Linear",
     "Piecewise",
     "Schedule",
@@ -42,14 +45,25 @@ class Schedule(Protocol):
 
 
 class HorizonSchedule:
-    """What the schedules of this module share: an open horizon can be asked for, and filled in."""
+    """What the schedules of this module share: what is open in them can be asked for, and filled in."""
+
+    def __call__(self, step: int, /) -> float:
+        """Return σ at ``step``."""
+        raise NotImplementedError
 
     @property
     def is_open(self) -> bool:
         """Whether a horizon is ``"auto"``, so that the schedule can't be called yet."""
+        return any(part == "auto" or (isinstance(part, HorizonSchedule) and part.is_open) for part in self._values())
+
+    @property
+    def follows_lr(self) -> bool:
+        """Whether the schedule depends on a learning rate, so that it can't be called without :meth:`with_lr`."""
+        return any(isinstance(part, HorizonSchedule) and part.follows_lr for part in self._values())
+
+    def _values(self) -> list[object]:
         values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-        return any(part == "auto" or (isinstance(part, HorizonSchedule) and part.is_open) for part in parts)
+        return [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
 
     def resolved(self: Self, total: int) -> Self:
         """The schedule with ``total`` steps in the place of ``"auto"``.
@@ -59,6 +73,14 @@ class HorizonSchedule:
         """
         if getattr(self, "steps", None) == "auto":
             return replace(self, steps=max(1, total))  # type: ignore[type-var]
+        return self
+
+    def with_lr(self, lr: float) -> HorizonSchedule:
+        """The schedule at a learning rate, which makes no difference to those that don't follow it.
+
+        >>> FollowLR(0.5).with_lr(0.1)
+        Constant(std=0.05)
+        """
         return self
 
 
@@ -250,6 +272,73 @@ class InverseSqrt(HorizonSchedule):
         return self.start / math.sqrt(1 + step / self.timescale)
 
 
+class _FollowsLR(HorizonSchedule):
+    """The base of those that are nothing but a function of the learning rate."""
+
+    @property
+    def follows_lr(self) -> bool:
+        """True."""
+        return True
+
+    def __call__(self, step: int, /) -> float:
+        """Raise: there is no σ without a learning rate."""
+        raise ValueError(f"{self} needs a learning rate. Use it on an optimizer, or call with_lr(lr) before.")
+
+
+@dataclass(frozen=True)
+class FollowLR(_FollowsLR):
+    r"""Noise that follows the learning rate and its scheduler: :math:`\sigma_t = c \, \mathrm{lr}_t^{\,p}`.
+
+    Each parameter group gets the noise of its own learning rate.
+
+    Args:
+        factor: c, >= 0.
+        power: p; 1 for σ proportional to the learning rate, 0.5 for a variance proportional to it.
+
+    >>> FollowLR(2.0).with_lr(0.1)(0)
+    0.2
+    """
+
+    factor: float = 1.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_non_negative("factor", self.factor, "to switch the noise off")
+        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not math.isfinite(self.power):
+            raise ValueError(f"power must be a finite number, got {self.power!r}.")
+
+    def with_lr(self, lr: float) -> Constant:
+        """The constant noise of a learning rate, >= 0; a learning rate of 0 has none."""
+        return Constant(self.factor * lr**self.power if lr else 0.0)
+
+
+@dataclass(frozen=True)
+class Langevin(_FollowsLR):
+    r"""Stochastic gradient Langevin dynamics: the *weights* get noise of variance :math:`2 \, \mathrm{lr}_t \, T`.
+
+    Noise on the gradient reaches the weights times the learning rate, so that :math:`\sigma_t = \sqrt{2 T /
+    \mathrm{lr}_t}`. With plain SGD on a loss U this samples from a density proportional to exp(-U / T), up to the
+    error of finite steps (Welling and Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", 2011: Eq. 4,
+    with lr = ε / 2 and T = 1). ``FollowLR((2 * T) ** 0.5, power=0.5)`` is the noise with this variance on the
+    gradients themselves.
+
+    Args:
+        temperature: T, >= 0; 1 / n for a loss that is the mean over the n samples of the training set.
+
+    >>> Langevin(0.5).with_lr(0.01)(0)
+    10.0
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_non_negative("temperature", self.temperature, "to switch the noise off")
+
+    def with_lr(self, lr: float) -> Constant:
+        """The constant noise of a learning rate, >= 0; a learning rate of 0 has none, as it moves no weight."""
+        return Constant(math.sqrt(2 * self.temperature / lr) if lr else 0.0)
+
+
 @dataclass(frozen=True)
 class Piecewise(HorizonSchedule):
     """One schedule after another, each counting from its own first step.
@@ -294,6 +383,11 @@ class Piecewise(HorizonSchedule):
         ]
         return replace(self, parts=tuple(parts))
 
+    def with_lr(self, lr: float) -> Piecewise:
+        """The schedule with the parts that follow the learning rate at ``lr``."""
+        parts = [part.with_lr(lr) if isinstance(part, HorizonSchedule) else part for part in self.parts]
+        return replace(self, parts=tuple(parts))
+
 
 @dataclass(frozen=True)
 class Warmup(HorizonSchedule):
@@ -328,3 +422,7 @@ class Warmup(HorizonSchedule):
             if isinstance(self.schedule, HorizonSchedule)
             else self
         )
+
+    def with_lr(self, lr: float) -> Warmup:
+        """The schedule with the inner one at ``lr``."""
+        return replace(self, schedule=self.schedule.with_lr(lr)) if isinstance(self.schedule, HorizonSchedule) else self

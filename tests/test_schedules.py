@@ -10,9 +10,11 @@ from lightning_noisy.schedules import (
     Constant,
     Cosine,
     Exponential,
+    FollowLR,
     HorizonSchedule,
     InverseDecay,
     InverseSqrt,
+    Langevin,
     Linear,
     Piecewise,
     Schedule,
@@ -28,6 +30,8 @@ EVERY = [
     InverseSqrt(1.0, 50),
     Piecewise((5, 9), (0.5, Linear(1.0), 0.1)),
     Warmup(Cosine(1.0), steps=3),
+    FollowLR(0.5, power=-0.5),
+    Langevin(0.1),
 ]
 
 # optax.add_noise(eta=0.3, gamma=0.55) after n steps; its n is our t + 1.
@@ -88,7 +92,7 @@ def test_schedules_refuse_what_is_no_number(value):
 @pytest.mark.parametrize("schedule", EVERY, ids=repr)
 def test_schedules_are_finite_and_not_negative_for_ever(schedule):
     assert isinstance(schedule, HorizonSchedule)
-    schedule = schedule.resolved(20)
+    schedule = schedule.resolved(20).with_lr(0.1)
     assert all(0 <= schedule(step) < math.inf for step in (*range(30), 10**9))
 
 
@@ -144,3 +148,37 @@ def test_an_open_horizon_is_filled_in_where_it_stands():
 def test_schedules_refuse_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "std"),
+    [
+        (FollowLR(2.0), 0.5),
+        (FollowLR(2.0, power=0.5), 1.0),
+        (Langevin(0.5), 2.0),  # sqrt(2 * 0.5 / 0.25)
+        (Warmup(FollowLR(2.0), steps=4), 0.375),
+        (Piecewise((3,), (0.1, Langevin(0.5))), 2.0),
+        (Warmup(Constant(1.0), steps=4), 0.75),
+    ],
+)
+def test_schedules_that_follow_the_learning_rate_take_it_in(schedule, std):
+    assert schedule.with_lr(0.25)(3) == pytest.approx(std)
+
+
+def test_schedules_say_whether_they_follow_the_learning_rate():
+    assert FollowLR().follows_lr
+    assert Warmup(Piecewise((3,), (0.1, Langevin())), steps=2).follows_lr
+    assert not Warmup(Constant(1.0), steps=2).follows_lr
+    assert not FollowLR(0.5).with_lr(0.1).follows_lr
+    with pytest.raises(ValueError, match=r"FollowLR\(factor=1.0, power=1.0\) needs a learning rate"):
+        FollowLR()(0)
+
+
+def test_schedules_that_follow_the_learning_rate_have_no_noise_at_zero():
+    assert FollowLR(1.0, power=-1.0).with_lr(0.0)(0) == Langevin().with_lr(0.0)(0) == 0.0
+
+
+@pytest.mark.parametrize("power", [float("nan"), "1", True])
+def test_follow_lr_refuses_powers_that_are_no_numbers(power):
+    with pytest.raises(ValueError, match="power must be a finite number, got"):
+        FollowLR(1.0, power=power)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
-from lightning_noisy.schedules import Schedule
+from lightning_noisy.schedules import HorizonSchedule, Schedule
 
 __all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
 
@@ -49,7 +49,8 @@ def add_gradient_noise(
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
             or sparse with one sparse dimension: then the rows that are present get noise.
-        schedule: maps t (int) to the standard deviation σ (float, >= 0).
+        schedule: maps t (int) to the standard deviation σ (float, >= 0). One that follows the learning rate
+            (:class:`~lightning_noisy.schedules.FollowLR`, ``Langevin``) gets that of each parameter group.
         seed: seed of the noise.
         stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
         model: where the parameters' names come from. Without it they come from the optimizer (``param_names``), and
@@ -86,7 +87,7 @@ class GradientNoiseHandle:
 
     Attributes:
         step: t, the steps with noise that the optimizer has taken.
-        std: σ of the last step, None before the first.
+        std: σ of the last step, None before the first; where it follows the learning rate, of the first group.
         measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
             ``relative`` they are measured anyway.
         grad_norm: norm of the last measured gradient, over the parameters that get noise, as a 0-dimensional
@@ -132,7 +133,7 @@ class GradientNoiseHandle:
         self._plan: NoisePlan | None = None
         self._sees_all = True  # whether gradients are whole, or know their whole
         self._known: list[nn.Parameter] = []
-        self._identities: list[tuple[float, list[int]]] = []
+        self._identities: list[list[int]] = []
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
         self._added = False
@@ -199,23 +200,38 @@ class GradientNoiseHandle:
             return
         grad_scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if grad_scale is None else grad_scale.item()
-        std = float(self._schedule(self.step))
+        plan = self._current_plan(optimizer)
+        if self._relative and not self._sees_all:
+            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
+        stds = [self._std(group) for group in optimizer.param_groups]
+        scales = [_noise_scale(group) for group in optimizer.param_groups]
+        gradients = plan.gradients() if self._sees_all and (self.measuring or self._relative) else []
+        if gradients:
+            self.grad_norm = total_norm(gradients) / scale
+            if self._relative:
+                norm, weight = float(self.grad_norm), plan.noise_norm(scales)
+                rms = norm / weight if weight and math.isfinite(norm) else 0.0
+                stds = [std * rms for std in stds]
+        std = stds[0]
+        stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
+        if gradients:
+            self.noise_norm = plan.noise_norm(stds)
+        if plan.add_noise([std * scale for std in stds], (self._seed, self._stream), self.step):
+            self._added, self.std = True, std
+
+    def _std(self, group: dict[str, Any]) -> float:
+        """σ of the present step for a parameter group, without its ``"noise_scale"``."""
+        schedule = self._schedule
+        if isinstance(schedule, HorizonSchedule) and schedule.follows_lr:
+            if "lr" not in group:
+                raise ValueError(f"{schedule} follows the learning rate, and a parameter group has none (key 'lr').")
+            schedule = schedule.with_lr(float(group["lr"]))
+        std = float(schedule(self.step))
         if not 0 <= std < math.inf:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
-        plan = self._current_plan(optimizer)
-        if self._relative and not self._sees_all:
-            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
-        gradients = plan.gradients() if self._sees_all and (self.measuring or self._relative) else []
-        if gradients:
-            self.grad_norm, weight = total_norm(gradients) / scale, plan.noise_norm()
-            if self._relative:
-                norm = float(self.grad_norm)
-                std = std * norm / weight if weight and math.isfinite(norm) else 0.0
-            self.noise_norm = std * weight
-        if plan.add_noise(std * scale, (self._seed, self._stream), self.step):
-            self._added, self.std = True, std
+        return std
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """The gradients that are there now and get noise at the optimizer's step; none if they are flat shards."""
@@ -225,7 +241,7 @@ class GradientNoiseHandle:
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         groups = optimizer.param_groups
-        identities = [(group.get("noise_scale", 1.0), list(map(id, group["params"]))) for group in groups]
+        identities = [list(map(id, group["params"])) for group in groups]
         if self._plan is None or identities != self._identities or self._plan.is_stale():
             self._plan = self._make_plan(optimizer)
             self._known = [p for group in groups for p in group["params"]]  # alive, so that no id is used again
@@ -237,12 +253,9 @@ class GradientNoiseHandle:
         names: dict[nn.Parameter, str] = {}
         if isinstance(model, nn.Module):
             names = {p: _strip_wrappers(name) for name, p in model.named_parameters()}
-        taken, chosen, scales = set(names.values()), {}, []
+        taken, chosen, groups = set(names.values()), {}, []
         seen: set[nn.Parameter] = set()
-        for group in optimizer.param_groups:
-            scale = group.get("noise_scale", 1.0)
-            if not 0 <= scale < math.inf:
-                raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
+        for index, group in enumerate(optimizer.param_groups):
             own_names = group.get("param_names") or [None] * len(group["params"])
             for parameter, own_name in zip(group["params"], own_names, strict=True):
                 if parameter in seen:
@@ -255,12 +268,20 @@ class GradientNoiseHandle:
                 # Lazy ones have no elements yet; the plan is made anew once they do.
                 if not is_lazy(parameter) and (self._params is None or self._params(names[parameter], parameter)):
                     chosen[names[parameter]] = parameter
-                    scales.append(float(scale))
+                    groups.append(index)
         if seen and not chosen:
             warnings.warn(f"params chooses none of the optimizer's {len(seen)} parameters.", stacklevel=2)
         shards = {} if model is None else flat_shards(model)
         self._sees_all = not shards
-        return NoisePlan(chosen, scales, shards)
+        return NoisePlan(chosen, groups, shards)
+
+
+def _noise_scale(group: dict[str, Any]) -> float:
+    """What a parameter group's σ is multiplied by."""
+    scale = float(group.get("noise_scale", 1.0))
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
+    return scale
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

@@ -27,10 +27,10 @@ _MOST_KEPT = 1 << 22  # for so many elements, in 16 MiB
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A parameter, the factor of its σ, what its name adds to a key, and the address of its first element."""
+    """A parameter, the index of its group, what its name adds to a key, and the address of its first element."""
 
     parameter: torch.nn.Parameter
-    scale: float
+    group: int
     offset: int
     start: int
 
@@ -53,34 +53,35 @@ class NoisePlan:
 
     Args:
         parameters: the parameters by name.
-        scales: a factor of σ for each parameter, >= 0; by default 1.
+        groups: the index of each parameter's group, whose σ it gets; by default 0.
         shards: for parameters that are flat shards, the index of the first element in the whole.
     """
 
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
-        scales: list[float] | None = None,
+        groups: list[int] | None = None,
         shards: dict[torch.nn.Parameter, int] | None = None,
     ) -> None:
         self._samplers: dict[torch.device, Sampler] = {}
-        self._places = [
-            _Place(p, scale, substream((0, 0), name)[0], (shards or {}).get(p, 0))
-            for (name, p), scale in zip(parameters.items(), scales or [1.0] * len(parameters), strict=True)
+        places = [
+            _Place(p, group, substream((0, 0), name)[0], (shards or {}).get(p, 0))
+            for (name, p), group in zip(parameters.items(), groups or [0] * len(parameters), strict=True)
         ]
+        self._places = sorted(places, key=lambda place: place.group)
         self._packs: list[_Pack] = []
         self._single: list[_Place] = []
         kept = 0
-        open_packs: dict[tuple[torch.device, float], _Pack] = {}
+        open_packs: dict[torch.device, _Pack] = {}
         for place in self._places:
             p = place.parameter
             kept += p.numel()
             if type(p.data) is not Tensor or p.is_complex() or place.start or p.numel() >= _SMALL or kept > _MOST_KEPT:
                 self._single.append(place)
                 continue
-            pack = open_packs.get((p.device, place.scale))
+            pack = open_packs.get(p.device)
             if pack is None or not pack.take(place):
-                pack = open_packs[p.device, place.scale] = _Pack(self._sampler(p.device), place)
+                pack = open_packs[p.device] = _Pack(self._sampler(p.device), place)
                 self._packs.append(pack)
         for pack in self._packs:
             pack.close()
@@ -89,15 +90,15 @@ class NoisePlan:
         """The gradients that are there."""
         return [place.parameter.grad for place in self._places if place.parameter.grad is not None]
 
-    def noise_norm(self) -> float:
-        """Root of the expected squared norm of the noise on the gradients that are there, for σ = 1."""
+    def noise_norm(self, stds: list[float]) -> float:
+        """Root of the expected squared norm of the noise on the gradients that are there."""
         total = 0.0
         for place in self._places:
             gradient = place.parameter.grad
             if gradient is not None:
                 if gradient.is_sparse:
                     gradient = gradient.coalesce().values()
-                total += place.scale**2 * gradient.numel()
+                total += stds[place.group] ** 2 * gradient.numel()
         return sqrt(total)
 
     def is_stale(self) -> bool:
@@ -105,34 +106,33 @@ class NoisePlan:
         return any(pack.is_stale() for pack in self._packs)
 
     @torch.no_grad()
-    def add_noise(self, std: float, stream: tuple[int | str, ...], step: int) -> bool:
+    def add_noise(self, stds: list[float], stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
 
         Args:
-            std: standard deviation of a real element, and root of E|z|² of a complex one, for a scale of 1.
+            stds: by group, the standard deviation of a real element, and root of E|z|² of a complex one.
             stream: what the noise is keyed by beside the parameter's name and the step.
             step: t.
 
         Raises:
             TypeError: if a gradient is of a kind that noise can't be added to; none has got any then.
         """
-        key, std = stream_key(*stream, step), std * sqrt(2)
+        key, stds = stream_key(*stream, step), [std * sqrt(2) for std in stds]  # for numbers of variance 1/2
         packed = [(pack, *pack.gradients()) for pack in self._packs]
         places = [place for place in self._single if place.parameter.grad is not None]
         places += [place for _, _, others in packed for place in others]
         batches: dict[tuple[torch.device, float], list[tuple[int, _Block]]] = {}
         for place in places:
-            scale = std * place.scale * (0.5**0.5 if place.parameter.is_complex() else 1.0)
+            std = stds[place.group] * (sqrt(0.5) if place.parameter.is_complex() else 1.0)
             for block in _blocks(place.parameter, place.start):
-                batches.setdefault((block.tensor.device, scale), []).append((place.offset, block))
-        if std != 0:
-            for pack, gradients, _ in packed:
-                pack.add_noise(gradients, std, key)
-            for (device, scale), blocks in batches.items():
-                batch = _Batch(self._sampler(device), scale, key)
-                for offset, block in blocks if scale else ():
-                    batch.add(block, offset)
-                batch.flush()
+                batches.setdefault((block.tensor.device, std), []).append((place.offset, block))
+        for pack, gradients, _ in packed:
+            pack.add_noise(gradients, stds, key)
+        for (device, std), blocks in batches.items():
+            batch = _Batch(self._sampler(device), std, key)
+            for offset, block in blocks if std else ():
+                batch.add(block, offset)
+            batch.flush()
         return bool(places) or any(g is not None for _, gradients, _ in packed for g in gradients)
 
     def _sampler(self, device: torch.device) -> Sampler:
@@ -161,7 +161,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 
 
 class _Pack:
-    """Small parameters of one device and scale, drawn at once: their counters and the numbers' views are kept."""
+    """Small parameters of one device, drawn at once: their counters and the numbers' views are kept."""
 
     def __init__(self, sampler: Sampler, first: _Place) -> None:
         self._sampler = sampler
@@ -180,7 +180,8 @@ class _Pack:
 
     def close(self) -> None:
         """Prepare for :meth:`add_noise`."""
-        self._scale = self._places[0].scale
+        groups = [place.group for place in self._places]
+        self._runs = {group: slice(groups.index(group), len(groups) - groups[::-1].index(group)) for group in groups}
         self._parameters = [place.parameter for place in self._places]
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._views, counters, used = [], [], 0
@@ -208,19 +209,27 @@ class _Pack:
                     others.append(place)
         return gradients, others
 
-    def add_noise(self, gradients: list[Tensor | None], std: float, key: Key) -> None:
+    def add_noise(self, gradients: list[Tensor | None], stds: list[float], key: Key) -> None:
         """Add a step's noise to the gradients that are not None."""
-        present = [g for g in gradients if g is not None]
-        if not present or self._scale == 0:
+        everything = slice(0, len(gradients))
+        alike = len({stds[group] for group in self._runs}) == 1
+        runs = [(everything, stds[next(iter(self._runs))])] if alike else [(r, stds[g]) for g, r in self._runs.items()]
+        if not any(std for _, std in runs) or all(g is None for g in gradients):
             return
-        views = self._views
-        if len(present) < len(views):
-            views = [view for g, view in zip(gradients, views, strict=True) if g is not None]
-        sampler = self._sampler
-        torch.add(self._counters, signed(key[0]), out=sampler.counters[: self._pairs])
-        sampler.draw(self._pairs, key[1])
-        with torch.inference_mode():  # spares each tensor what autograd would keep of it
-            torch._foreach_add_(present, views, alpha=std * self._scale)
+        torch.add(self._counters, signed(key[0]), out=self._sampler.counters[: self._pairs])
+        self._sampler.draw(self._pairs, key[1])
+        for run, std in runs:
+            targets, views = gradients[run], self._views[run]
+            present = [g for g in targets if g is not None]
+            if len(present) < len(targets):
+                views = [view for g, view in zip(targets, views, strict=True) if g is not None]
+            if present and std:
+                _add(present, views, std)
+
+
+def _add(tensors: list[Tensor], noise: list[Tensor], std: float) -> None:
+    with torch.inference_mode():  # spares every tensor autograd's part
+        torch._foreach_add_(tensors, noise, alpha=std)
 
 
 def _pairs(parameter: Tensor) -> int:
@@ -278,8 +287,7 @@ class _Batch:
         """Add the noise to what has been collected."""
         if self._tensors:
             self._sampler.draw(self._used, self._key[1])
-            with torch.inference_mode():
-                torch._foreach_add_(self._tensors, self._views, alpha=self._std)
+            _add(self._tensors, self._views, self._std)
         self._used, self._tensors, self._views = 0, [], []
 
 

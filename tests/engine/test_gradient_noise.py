@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_noisy import add_gradient_noise
 from lightning_noisy.functional.gaussian import add_gaussian_, stream_key, substream
-from lightning_noisy.schedules import Constant, InverseDecay
+from lightning_noisy.schedules import Constant, FollowLR, InverseDecay, Langevin, Warmup
 
 
 def zero_gradient_sgd(*shapes, lr=1.0, cls=torch.optim.SGD):
@@ -153,6 +153,49 @@ def test_noise_scale_of_a_parameter_group_multiplies_sigma():
     assert noise()[1].std().item() == pytest.approx(8.0, rel=0.02)
     optimizer.param_groups[1]["noise_scale"] = -1.0
     with pytest.raises(ValueError, match="noise_scale of a parameter group must be finite and >= 0, got -1"):
+        optimizer.step()
+
+
+def test_noise_follows_the_learning_rate_of_each_group_and_its_scheduler():
+    groups = [{"params": [nn.Parameter(torch.zeros(50_000))], "lr": lr} for lr in (0.1, 0.4)]
+    optimizer = SpySGD(groups)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    handle = add_gradient_noise(optimizer, Warmup(FollowLR(2.0), steps=2))
+    expected = [(0.0, 0.0), (0.05, 0.2), (0.05, 0.2)]  # warm-up x 2 x lr
+    for t, stds in enumerate(expected):
+        for group in groups:
+            group["params"][0].grad = torch.zeros(50_000)
+        optimizer.step()
+        assert handle.std == pytest.approx(stds[0])
+        for noise, std in zip(optimizer.seen[t], stds, strict=True):
+            assert noise.std().item() == pytest.approx(std, rel=0.015)
+        scheduler.step()
+
+
+def test_langevin_noise_samples_from_the_gibbs_distribution():
+    # SGD on k w^2 / 2 with noise of variance 2 lr T on the weights is an autoregression, whose variance is
+    # 2 lr T / (1 - (1 - lr k)^2) = T / (k (1 - lr k / 2)).
+    k, lr, temperature = 2.0, 0.1, 0.5
+    w = nn.Parameter(torch.zeros(100_000))
+    optimizer = torch.optim.SGD([w], lr=lr)
+    add_gradient_noise(optimizer, Langevin(temperature))
+    for _ in range(60):
+        w.grad = k * w.detach()
+        optimizer.step()
+    # A standard error is 0.0045 of the variance.
+    assert w.var().item() == pytest.approx(temperature / (k * (1 - lr * k / 2)), rel=0.02)
+
+
+def test_noise_that_follows_the_learning_rate_needs_one():
+    class Plain(torch.optim.Optimizer):
+        def step(self, closure=None):
+            pass
+
+    w = nn.Parameter(torch.zeros(3))
+    w.grad = torch.zeros(3)
+    optimizer = Plain([w], {})
+    add_gradient_noise(optimizer, Langevin())
+    with pytest.raises(ValueError, match="follows the learning rate, and a parameter group has none"):
         optimizer.step()
 
 

@@ -42,7 +42,7 @@ def test_plan_equals_the_reference_for_every_size_and_dtype(dtype):
     for step in (0, 1):  # the second one uses what the first has prepared
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        assert plan.add_noise(0.5, ("s",), step)
+        assert plan.add_noise([0.5], ("s",), step)
         for name, parameter in parameters.items():
             assert torch.equal(parameter.grad, reference(name, parameter, 0.5, step)), name
 
@@ -55,7 +55,7 @@ def test_plan_is_independent_of_the_number_of_threads(threads):
     plan = NoisePlan(parameters)
     try:
         torch.set_num_threads(threads)
-        plan.add_noise(1.0, ("s",), 0)
+        plan.add_noise([1.0], ("s",), 0)
     finally:
         torch.set_num_threads(before)
     for name, parameter in parameters.items():
@@ -68,7 +68,7 @@ def test_plan_ignores_the_strides_of_a_gradient(shape):
     parameters["conv"].grad = torch.zeros(shape).to(memory_format=torch.channels_last)
     gradient = parameters["conv"].grad
     plan = NoisePlan(parameters)
-    plan.add_noise(1.0, ("s",), 0)
+    plan.add_noise([1.0], ("s",), 0)
     assert parameters["conv"].grad is gradient
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(gradient.contiguous(), reference("conv", torch.zeros(shape), 1.0))
@@ -85,7 +85,7 @@ def test_sparse_rows_get_the_numbers_of_the_whole(dtype, height, width):
         rows[None], torch.zeros(5, width, dtype=dtype), (height, width), check_invariants=True
     )
     plan = NoisePlan(parameters)
-    plan.add_noise(1.0, ("s",), 0)
+    plan.add_noise([1.0], ("s",), 0)
     expected = reference("table", torch.zeros(height, width, dtype=dtype), 1.0)
     assert torch.equal(table.grad.values(), expected[rows])
 
@@ -95,7 +95,7 @@ def test_plan_of_a_gradient_with_few_long_rows():
     parameters = parameters_of({"wide": shape})
     parameters["wide"].grad = torch.zeros(shape[::-1]).t()
     plan = NoisePlan(parameters)
-    plan.add_noise(1.0, ("s",), 0)
+    plan.add_noise([1.0], ("s",), 0)
     assert torch.equal(parameters["wide"].grad, reference("wide", torch.zeros(shape), 1.0))
 
 
@@ -105,7 +105,7 @@ def test_plan_goes_on_when_gradients_come_and_go():
     for absent in ("a", "b", "c"):
         for name, parameter in parameters.items():
             parameter.grad = None if name == absent else torch.zeros_like(parameter)
-        assert plan.add_noise(1.0, ("s",), 0)
+        assert plan.add_noise([1.0], ("s",), 0)
         for name, parameter in parameters.items():
             if name == absent:
                 assert parameter.grad is None
@@ -113,14 +113,14 @@ def test_plan_goes_on_when_gradients_come_and_go():
                 assert torch.equal(parameter.grad, reference(name, parameter, 1.0))
     for parameter in parameters.values():
         parameter.grad = None
-    assert not plan.add_noise(1.0, ("s",), 0)
+    assert not plan.add_noise([1.0], ("s",), 0)
 
 
 def test_plan_without_noise_touches_nothing_and_counts():
     parameters = parameters_of({"a": (3,)})
     parameters["a"].grad = torch.tensor([-0.0, 1.0, float("nan")])
     plan = NoisePlan(parameters)
-    assert plan.add_noise(0.0, ("s",), 0)
+    assert plan.add_noise([0.0], ("s",), 0)
     assert parameters["a"].grad.signbit().tolist()[0]
 
 
@@ -128,7 +128,7 @@ def test_plan_keeps_non_finite_gradients_visible():
     parameters = parameters_of({"small": (4,), "large": (_SMALL,)})
     for parameter in parameters.values():
         parameter.grad[:2] = torch.tensor([float("inf"), float("nan")])
-    NoisePlan(parameters).add_noise(1.0, ("s",), 0)
+    NoisePlan(parameters).add_noise([1.0], ("s",), 0)
     for parameter in parameters.values():
         assert parameter.grad.isfinite().tolist()[:4] == [False, False, True, True]
 
@@ -137,7 +137,7 @@ def test_small_parameters_beyond_what_is_kept_get_their_noise():
     count = _MOST_KEPT // _SMALL + 10
     parameters = parameters_of({f"w{i:03}": (_SMALL - 1,) for i in range(count)})
     plan = NoisePlan(parameters)
-    plan.add_noise(1.0, ("s",), 0)
+    plan.add_noise([1.0], ("s",), 0)
     for name in ("w000", f"w{count // 2}", f"w{count - 10}", f"w{count - 1}"):
         assert torch.equal(parameters[name].grad, reference(name, parameters[name], 1.0))
 
@@ -145,23 +145,29 @@ def test_small_parameters_beyond_what_is_kept_get_their_noise():
 @pytest.mark.parametrize("others", [0, 1, 5000])
 def test_noise_does_not_depend_on_the_other_parameters(others):
     parameters = parameters_of({f"other{i}": (i % 100 + 1,) for i in range(others)} | {"a": (100,), "z": (20_000,)})
-    NoisePlan(parameters).add_noise(1.0, ("s",), 7)
+    NoisePlan(parameters).add_noise([1.0], ("s",), 7)
     for name in ("a", "z"):
         assert torch.equal(parameters[name].grad, reference(name, parameters[name], 1.0, step=7))
 
 
-def test_scales_multiply_the_noise():
-    parameters = parameters_of({"a": (100,), "b": (100,), "c": (20_000,), "d": (20_000,)})
-    NoisePlan(parameters, scales=[1.0, 0.5, 0.25, 0.0]).add_noise(2.0, ("s",), 0)
-    for (name, parameter), scale in zip(parameters.items(), [1.0, 0.5, 0.25, 0.0], strict=True):
-        assert torch.equal(parameter.grad, reference(name, parameter, 2.0 * scale))
+@pytest.mark.parametrize("stds", [[2.0, 1.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
+def test_every_group_gets_noise_of_its_own_size(stds):
+    sizes = {"a": (100,), "b": (20_000,), "c": (100,), "d": (7,), "e": (20_000,), "f": (40,), "g": (9, 3)}
+    groups = [0, 0, 1, 0, 2, 2, 1]
+    parameters = parameters_of(sizes)
+    parameters["d"].grad = None
+    assert NoisePlan(parameters, groups).add_noise(stds, ("s",), 0)
+    assert parameters.pop("d").grad is None
+    del groups[3]
+    for (name, parameter), group in zip(parameters.items(), groups, strict=True):
+        assert torch.equal(parameter.grad, reference(name, parameter, stds[group])), name
 
 
 @pytest.mark.parametrize("first", [1, 6, 100_001])
 @pytest.mark.parametrize("size", [5, 20_000, BATCH + 3])
 def test_flat_shards_get_their_part(first, size):
     parameters = parameters_of({"w": (size,)})
-    NoisePlan(parameters, shards={parameters["w"]: first}).add_noise(1.0, ("s",), 0)
+    NoisePlan(parameters, shards={parameters["w"]: first}).add_noise([1.0], ("s",), 0)
     whole = reference("w", torch.zeros(first + size), 1.0)
     assert torch.equal(parameters["w"].grad, whole[first:])
 
