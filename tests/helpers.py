@@ -105,3 +105,51 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
     """Bit equality of two lists of tensors of the same length."""
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def unit_sgd(parameters):
+    return SpySGD(parameters, lr=1.0)
+
+
+class Flat(L.LightningModule):
+    """A loss without gradient in `size` parameters: with SGD and lr 1 they hold minus the sum of the noise."""
+
+    def __init__(self, size=50_000, optimizer=unit_sgd):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch, batch_idx):
+        return 0 * self.w.sum()
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+    @property
+    def seen(self):
+        """Gradients of every step, as the update saw them."""
+        return [grads[0] for grads in self.optimizers().optimizer.seen]
+
+
+class Manual(Flat):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def fit(model, callbacks, data=None, **options):
+    trainer = quiet_trainer(callbacks=callbacks, **options)
+    trainer.fit(model, loader(batches(4) if data is None else data))
+    return trainer
+
+
+def zero_gradient_sgd(*shapes, lr=1.0, cls=torch.optim.SGD):
+    """Parameters at zero with zero gradients: after a step with lr 1 they hold minus the noise."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameters, cls(parameters, lr=lr)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["is_logging_due", "log_scalars", "logging_step"]
+__all__ = ["is_logging_due", "log_hyperparameters", "log_scalars", "logging_step"]
 
 
 def is_logging_due(trainer: pl.Trainer) -> bool:
@@ -33,3 +34,12 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> No
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+
+
+def log_hyperparameters(trainer: pl.Trainer, hyperparameters: dict[str, int]) -> None:
+    """Send hyperparameters to all loggers; in ``on_fit_start``, before Lightning logs and saves the model's own."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(hyperparameters, metrics={})  # else it would write a scalar `hp_metric`
+        else:
+            logger.log_hyperparams(hyperparameters)

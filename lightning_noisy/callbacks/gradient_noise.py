@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_noisy.callbacks._logging import is_logging_due, log_scalars, logging_step
+from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
 from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, ParameterFilter, add_gradient_noise
 from lightning_noisy.engine.noise_plan import total_norm
 from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule
@@ -36,9 +36,10 @@ class GradientNoise(pl.Callback):
     same, a resumed run goes on as if it had not stopped, and the global random states are not touched.
 
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
-    need schedules of different classes or values, and their noises are independent.
+    have independent noises, and state; those with the same schedule need a ``name`` each.
 
-    Logs to every logger, at the Trainer's logging steps, with ``/<index>`` at the end if there are several optimizers:
+    Logs to every logger, at the Trainer's logging steps, with ``/<name>`` at the end if it has one (``/noise0``,
+    ``/noise1``, ... where several have none), and ``/<index>`` of the optimizer if there are several:
 
     ============================= ======================================================================
     ``gradient_noise/std``        σ of the step
@@ -59,9 +60,11 @@ class GradientNoise(pl.Callback):
             of the optimizer with a key ``"noise_scale"`` has σ multiplied by it.
         relative: make σ a multiple of the root mean square of the clipped gradient's elements; see
             :func:`lightning_noisy.add_gradient_noise`.
+        name: tells several instances in one Trainer apart, in logs and checkpoints.
         prog_bar: show σ on the progress bar.
         seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
-            starts; in both cases a checkpoint that is resumed from brings its own.
+            starts; in both cases a checkpoint that is resumed from brings its own. It is logged as the hyperparameter
+            ``gradient_noise_seed``.
 
     Raises:
         TypeError: if an argument is not of its type.
@@ -81,6 +84,7 @@ class GradientNoise(pl.Callback):
         params: ParameterFilter | None = None,
         relative: bool = False,
         seed: int | None = None,
+        name: str = "",
         prog_bar: bool = False,
     ) -> None:
         if schedule is not None and not callable(schedule):
@@ -94,8 +98,10 @@ class GradientNoise(pl.Callback):
         self.params = params
         self.relative = relative
         self.seed = seed
+        self.name = name
         self.prog_bar = prog_bar
         self._instance = 0
+        self._suffix = ""  # of tags
         self._norms_before: dict[int, Tensor] = {}  # of the batch
         self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
         self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
@@ -103,13 +109,17 @@ class GradientNoise(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the state in checkpoints; instances with different schedules have one each."""
+        """Name of the state in checkpoints; instances with different names or schedules have one each."""
         schedule = repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__qualname__
-        return self._generate_state_key(schedule=schedule)
+        return self._generate_state_key(schedule=schedule, **({"name": self.name} if self.name else {}))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out which of the Trainer's instances this is: each has a stream of its own."""
-        self._instance = next((i for i, callback in enumerate(_instances(trainer)) if callback is self), 0)
+        instances = _instances(trainer)
+        self._instance = next((i for i, callback in enumerate(instances) if callback is self), 0)
+        nameless = sum(not callback.name for callback in instances)
+        name = self.name or (f"noise{self._instance}" if nameless > 1 else "")
+        self._suffix = f"/{name}" if name else ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
@@ -149,6 +159,8 @@ class GradientNoise(pl.Callback):
         ]
         if self._restored is not None:
             self._restore(self._restored)
+        if self._handles:
+            log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._handles[0].seed})
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -180,7 +192,7 @@ class GradientNoise(pl.Callback):
         scalars: dict[str, float] = {}
         norms: dict[str, Tensor] = {}
         for index, handle in enumerate(self._handles):
-            suffix = f"/{index}" if len(self._handles) > 1 else ""
+            suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
             if handle.std is not None:
                 scalars[f"gradient_noise/std{suffix}"] = handle.std
             if index in self._norms_before:
@@ -220,7 +232,7 @@ class GradientNoise(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; the optimizers may come later."""
-        if self._handles:
+        if self._handles:  # with strategies that restore checkpoints late
             self._restore(state_dict)
         else:
             self._restored = state_dict

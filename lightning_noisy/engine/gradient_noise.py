@@ -86,6 +86,7 @@ class GradientNoiseHandle:
     """What :func:`add_gradient_noise` returns.
 
     Attributes:
+        seed: the seed.
         step: t, the steps with noise that the optimizer has taken.
         std: σ of the last step, None before the first; where it follows the learning rate, of the first group.
         measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
@@ -112,11 +113,11 @@ class GradientNoiseHandle:
             raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
-        self._seed = operator.index(seed)
+        self.seed = operator.index(seed)
         self._stream = stream
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
-            if isinstance(other, GradientNoiseHandle) and (other._seed, other._stream) == (seed, stream):
+            if isinstance(other, GradientNoiseHandle) and (other.seed, other._stream) == (seed, stream):
                 raise ValueError(
                     f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
                     " double it. Remove that first, or pass another seed or stream."
@@ -150,11 +151,11 @@ class GradientNoiseHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t: plain numbers and strings."""
-        return {"seed": self._seed, "stream": self._stream, "step": self.step}
+        return {"seed": self.seed, "stream": self._stream, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the seed, the stream and the t of :meth:`state_dict`."""
-        self._seed, self._stream, self.step = state["seed"], state["stream"], state["step"]
+        self.seed, self._stream, self.step = state["seed"], state["stream"], state["step"]
 
     def __enter__(self) -> GradientNoiseHandle:
         return self
@@ -216,7 +217,7 @@ class GradientNoiseHandle:
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
         if gradients:
             self.noise_norm = plan.noise_norm(stds)
-        if plan.add_noise([std * scale for std in stds], (self._seed, self._stream), self.step):
+        if plan.add_noise([std * scale for std in stds], (self.seed, self._stream), self.step):
             self._added, self.std = True, std
 
     def _std(self, group: dict[str, Any]) -> float:

@@ -24,6 +24,10 @@ _WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
 _FACTOR = 0xD6E8FEB86659FD93
 _TO_UNIT = (1 - 2**-24) / 2**31  # from a word, rounded to float32, into (-1, 1)
 
+# MKL, which computes erf⁻¹ for torch on many CPUs, sets itself up at the first call. Where two threads make that at
+# once, which happened in one process of a thousand, the result is off in the fifth digit. One element has one thread.
+torch.erfinv(torch.zeros(1, device="cpu"))
+
 
 def stream_key(*parts: int | str) -> Key:
     """Hash the parts that name a stream (seed, optimizer, step, ...) into its key.

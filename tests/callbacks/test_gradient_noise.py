@@ -1,70 +1,23 @@
-import copy
-import pickle
 import random
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import Net, SpySGD, all_equal, batches, loader, parameters_of, quiet_trainer, scalars
-from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint, Timer
+from helpers import Flat, Manual, Net, SpySGD, all_equal, batches, fit, loader, parameters_of, quiet_trainer, scalars
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_noisy import GradientNoise
-from lightning_noisy.schedules import Constant, InverseDecay, Linear
+from lightning_noisy.schedules import Constant, FollowLR, InverseDecay, Linear
 
 try:
     from lightning.pytorch.callbacks import WeightAveraging
 except ImportError:
     WeightAveraging = None
-
-
-def unit_sgd(parameters):
-    return SpySGD(parameters, lr=1.0)
-
-
-class Flat(L.LightningModule):
-    """A loss without gradient in `size` parameters: with SGD and lr 1 they hold minus the sum of the noise."""
-
-    def __init__(self, size=50_000, optimizer=unit_sgd):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(size))
-        self.make_optimizer = optimizer
-
-    def training_step(self, batch, batch_idx):
-        return 0 * self.w.sum()
-
-    def configure_optimizers(self):
-        return self.make_optimizer(self.parameters())
-
-    @property
-    def seen(self):
-        """Gradients of every step, as the update saw them."""
-        return [grads[0] for grads in self.optimizers().optimizer.seen]
-
-
-class Manual(Flat):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-
-
-def hooks(optimizer):
-    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-
-
-def fit(model, callbacks, data=None, **options):
-    trainer = quiet_trainer(callbacks=callbacks, **options)
-    trainer.fit(model, loader(batches(4) if data is None else data))
-    return trainer
 
 
 @pytest.mark.parametrize("model", [Flat, Manual])
@@ -223,53 +176,6 @@ def test_gradient_noise_under_lbfgs_is_finite_and_counts_steps():
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
-def test_gradient_noise_is_logged_at_the_steps_of_lightnings_own_logging(tmp_path):
-    class Logs(Net):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.log("loss", loss)
-            return loss
-
-    trainer = fit(
-        Logs(),
-        [GradientNoise(eta=0.3, seed=0)],
-        batches(24),
-        accumulate_grad_batches=2,
-        log_every_n_steps=3,
-        logger=TensorBoardLogger(tmp_path, "", ""),
-    )
-    logged = scalars(tmp_path)
-    assert [step for step, _ in logged["gradient_noise/std"]] == [step for step, _ in logged["loss"]] == [2, 5, 8, 11]
-    for step, value in logged["gradient_noise/std"]:
-        assert value == pytest.approx(InverseDecay(0.3)(step), rel=1e-6)
-    assert trainer.callback_metrics["gradient_noise/std"].item() == pytest.approx(InverseDecay(0.3)(11))
-
-
-def test_gradient_noise_logs_norms_and_the_signal_to_noise_ratio(tmp_path):
-    class Steep(Flat):
-        def training_step(self, batch, batch_idx):
-            return 3 * self.w.sum()
-
-    fit(
-        Steep(10_000),
-        [GradientNoise(eta=0.04, seed=0)],
-        gradient_clip_val=50.0,
-        logger=TensorBoardLogger(tmp_path, "", ""),
-        log_every_n_steps=2,
-    )
-    logged = scalars(tmp_path)
-    assert [step for step, _ in logged["gradient_noise/snr"]] == [1, 3]
-    for step, value in logged["grad_norm/before_clipping"]:
-        assert value == pytest.approx(300)
-        assert dict(logged["grad_norm/after_clipping"])[step] == pytest.approx(50, rel=1e-5)
-        expected = 50 / (InverseDecay(0.04)(step) * 10_000**0.5)
-        assert dict(logged["gradient_noise/snr"])[step] == pytest.approx(expected, rel=1e-5)
-    assert set(logged) == {
-        "gradient_noise/std", "gradient_noise/snr", "grad_norm/before_clipping", "grad_norm/after_clipping"
-    }  # fmt: skip
-    assert all(f"``{tag}``" in GradientNoise.__doc__ for tag in logged)
-
-
 @pytest.mark.parametrize("options", [{"max_steps": 4}, {"max_epochs": 2, "accumulate_grad_batches": 2}])
 def test_an_open_horizon_is_the_trainers_number_of_steps(options):
     module = Flat()
@@ -290,18 +196,6 @@ def test_gradient_noise_goes_to_the_chosen_parameters():
     fit(module, [GradientNoise(eta=1.0, seed=0, params=lambda name, parameter: name == "net.2.weight")], batches(1))
     (grads,) = module.optimizers().optimizer.seen
     assert [bool(grad.any()) for grad in grads] == [False, False, True, False]
-
-
-def test_gradient_noise_shows_sigma_on_the_progress_bar_if_asked_for():
-    shown = []
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            shown.append(trainer.progress_bar_metrics.get("gradient_noise/std"))
-
-    for prog_bar in (False, True):
-        fit(Net(), [GradientNoise(eta=1.0, gamma=0, seed=0, prog_bar=prog_bar), Watch()], batches(1))
-    assert shown == [None, 1.0]
 
 
 def test_unfreezing_in_the_middle_leaves_the_others_their_noise():
@@ -340,69 +234,6 @@ def test_gradient_noise_takes_a_schedule():
     assert [noise.std().item() for noise in module.seen] == pytest.approx([2.0] * 4, rel=0.012)
 
 
-def test_gradient_noise_takes_the_seed_of_seed_everything(monkeypatch):
-    def run(*, seed=None, everything=None):
-        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-        if everything is not None:
-            L.seed_everything(everything, verbose=False)
-        module = Flat(100)
-        fit(module, [GradientNoise(eta=1.0, seed=seed)])
-        return module.w.detach()
-
-    assert torch.equal(run(everything=7), run(seed=7))
-    assert not torch.equal(run(everything=7), run(everything=8))
-    assert not torch.equal(run(), run())  # drawn anew
-
-
-@pytest.mark.parametrize("seed", [None, 5])
-def test_resumed_gradient_noise_equals_an_uninterrupted_run(tmp_path, monkeypatch, seed):
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    data = batches(10)
-    path = tmp_path / "half.ckpt"
-
-    class SaveHalf(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 5:
-                trainer.save_checkpoint(path)
-
-    torch.manual_seed(0)
-    whole = Net()
-    fit(whole, [GradientNoise(eta=0.1, seed=seed), SaveHalf()], data)
-    resumed = Net()
-    trainer = quiet_trainer(callbacks=[GradientNoise(eta=0.1, seed=seed)])
-    trainer.fit(resumed, loader(data[5:]), ckpt_path=path)
-    assert trainer.global_step == 10
-    assert all_equal(parameters_of(whole), parameters_of(resumed))
-    (state,) = torch.load(path, weights_only=True)["callbacks"].values()
-    assert state["optimizers"][0]["step"] == 5
-
-
-def test_resuming_with_another_seed_warns_and_uses_it(tmp_path):
-    path = tmp_path / "last.ckpt"
-
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.save_checkpoint(path)
-
-    fit(Net(), [GradientNoise(seed=1), Save()])
-    trainer = quiet_trainer(callbacks=[GradientNoise(seed=2)], max_epochs=2)
-    with pytest.warns(UserWarning, match="checkpoint with seed 1"):
-        trainer.fit(Net(), loader(batches(4)), ckpt_path=path)
-
-
-def test_a_checkpoint_without_the_callback_starts_the_noise_with_a_message(tmp_path):
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / "plain.ckpt")
-
-    fit(Flat(), [Save(), Timer()])
-    module = Flat()
-    trainer = quiet_trainer(callbacks=[GradientNoise(eta=0.3, seed=0), Timer()], max_epochs=2)
-    with pytest.warns(UserWarning, match="written without GradientNoise: its noise starts at t = 0"):
-        trainer.fit(module, loader(batches(4)), ckpt_path=tmp_path / "plain.ckpt")
-    assert module.seen[0].std().item() == pytest.approx(0.3**0.5, rel=0.012)
-
-
 @pytest.mark.skipif(WeightAveraging is None, reason="came with Lightning 2.6")
 def test_gradient_noise_works_beside_weight_averaging():
     def run(callbacks):
@@ -414,6 +245,27 @@ def test_gradient_noise_works_beside_weight_averaging():
     assert all_equal(averaged.seen, plain.seen)
 
 
+def test_gradient_noise_works_beside_stochastic_weight_averaging():
+    # It copies the module and, at its start, gives the optimizer another learning rate and scheduler.
+    module = Flat(20_000)
+    swa = StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)
+    fit(module, [GradientNoise(eta=0.3, seed=0), swa], batches(3), max_epochs=3)
+    stds = [grads.std().item() for grads in module.seen]
+    assert stds == pytest.approx([InverseDecay(0.3)(t) for t in range(9)], rel=0.02)
+
+
+def test_gradient_noise_follows_the_learning_rate():
+    class Scheduled(Flat):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    module = Scheduled()
+    fit(module, [GradientNoise(schedule=FollowLR(0.3), seed=0)])
+    assert [grads.std().item() for grads in module.seen] == pytest.approx([0.3, 0.15, 0.075, 0.0375], rel=0.02)
+
+
 def test_relative_noise_by_the_callback():
     class Steep(Flat):
         def training_step(self, batch, batch_idx):
@@ -422,142 +274,6 @@ def test_relative_noise_by_the_callback():
     module = Steep()
     fit(module, [GradientNoise(schedule=Constant(0.1), relative=True, seed=0)])
     assert [grads.std().item() for grads in module.seen] == pytest.approx([0.3] * 4, rel=0.02)
-
-
-def test_two_instances_have_a_state_and_a_stream_each(tmp_path):
-    callbacks = [GradientNoise(eta=1.0, gamma=0, seed=0), GradientNoise(schedule=Constant(1.0), seed=0)]
-    module = Flat()
-    trainer = fit(module, callbacks)
-    assert module.seen[0].std().item() == pytest.approx(2**0.5, rel=0.012)  # independent: variances add
-    trainer.save_checkpoint(tmp_path / "both.ckpt")
-    assert len(torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]) == 2
-
-
-def test_resumed_gradient_noise_may_have_another_schedule(tmp_path):
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.save_checkpoint(tmp_path / "last.ckpt")
-
-    fit(Flat(), [GradientNoise(eta=1.0, seed=1), Save()])
-    module = Flat()
-    trainer = quiet_trainer(callbacks=[GradientNoise(eta=0.3)], max_epochs=2)
-    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
-        trainer.fit(module, loader(batches(4)), ckpt_path=tmp_path / "last.ckpt")
-    assert module.seen[0].std().item() == pytest.approx(InverseDecay(0.3)(4), rel=0.012)
-
-
-# With OnExceptionCheckpoint Lightning looks for a checkpoint to go on from, and misses it.
-@pytest.mark.filterwarnings("ignore:.*called without a model", "ignore:.*there is no last checkpoint available")
-def test_checkpoints_written_after_the_fit_or_on_an_exception_have_the_state(tmp_path):
-    class Fails(Flat):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 3:
-                raise RuntimeError("in the middle")
-            return super().training_step(batch, batch_idx)
-
-    def steps(path):
-        (state,) = [v for k, v in torch.load(path, weights_only=True)["callbacks"].items() if "GradientNoise" in k]
-        return [(noise["seed"], noise["step"]) for noise in state["optimizers"]]
-
-    fit(Flat(10), [GradientNoise(seed=5)]).save_checkpoint(tmp_path / "after.ckpt")
-    assert steps(tmp_path / "after.ckpt") == [(5, 4)]
-    on_exception = OnExceptionCheckpoint(tmp_path, "crash")
-    with pytest.raises(RuntimeError, match="in the middle"):
-        fit(Fails(10), [GradientNoise(seed=5), on_exception], enable_checkpointing=True, default_root_dir=tmp_path)
-    assert steps(tmp_path / "crash.ckpt") == [(5, 3)]
-
-
-def test_a_checkpoint_that_was_validated_does_not_reach_the_next_fit(tmp_path):
-    fit(Net(), [GradientNoise(seed=5)]).save_checkpoint(tmp_path / "old.ckpt")
-    callback = GradientNoise(seed=6)
-    trainer = quiet_trainer(callbacks=[callback])
-    model = Net()
-    trainer.validate(model, loader(batches(1)), ckpt_path=tmp_path / "old.ckpt", verbose=False)
-    trainer.fit(model, loader(batches(3)))
-    assert callback.state_dict() == {"optimizers": [{"seed": 6, "stream": "0.0", "step": 3}]}
-
-
-def test_a_fit_that_failed_to_resume_does_not_reach_the_next_one(tmp_path):
-    class Fails(Net):
-        def configure_optimizers(self):
-            raise RuntimeError("before the optimizers are there")
-
-    fit(Net(), [GradientNoise(seed=5)]).save_checkpoint(tmp_path / "old.ckpt")
-    callback = GradientNoise(seed=5)
-    trainer = quiet_trainer(callbacks=[callback])
-    with pytest.raises(RuntimeError, match="before the optimizers"):
-        trainer.fit(Fails(), loader(batches(1)), ckpt_path=tmp_path / "old.ckpt")
-    fit(Net(), [callback], batches(2))
-    assert callback.state_dict() == {"optimizers": [{"seed": 5, "stream": "0.0", "step": 2}]}
-
-
-@pytest.mark.filterwarnings("ignore:The .* does not have many workers", "ignore:.*treespec")
-def test_learning_rate_finder_leaves_the_noise_at_its_start(tmp_path):
-    class Tunable(Net):
-        lr = 0.1
-
-        def configure_optimizers(self):
-            return SpySGD(self.parameters(), lr=self.lr)
-
-    callback = GradientNoise(seed=0)
-    trainer = quiet_trainer(callbacks=[callback], default_root_dir=tmp_path, enable_checkpointing=True)
-    model = Tunable()
-    Tuner(trainer).lr_find(model, loader(batches(30)), num_training=20, update_attr=False)
-    trainer.fit(model, loader(batches(3)))
-    assert callback.state_dict() == {"optimizers": [{"seed": 0, "stream": "0.0", "step": 3}]}
-
-
-def test_gradient_noise_leaves_no_hook_behind_after_fits_and_exceptions():
-    class Fails(Flat):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 2:
-                raise RuntimeError("in the middle")
-            return super().training_step(batch, batch_idx)
-
-    callback = GradientNoise(eta=1.0, seed=0)
-    trainer = quiet_trainer(callbacks=[callback])
-    seen = []
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            seen.append(hooks(trainer.optimizers[0]))
-
-    trainer.callbacks.append(Watch())
-    for model in (Flat(10), Flat(10)):
-        trainer.fit_loop.epoch_progress.reset()
-        trainer.fit(model, loader(batches(4)))
-        assert hooks(trainer.optimizers[0]) == 0
-    with pytest.raises(RuntimeError, match="in the middle"):
-        quiet_trainer(callbacks=[callback]).fit(failing := Fails(10), loader(batches(4)))
-    assert hooks(failing.optimizers().optimizer) == 0
-    assert seen == [2] * len(seen)
-    assert len(seen) == 8
-
-
-def test_gradient_noise_of_a_second_fit_starts_at_t_zero():
-    callback = GradientNoise(eta=0.3, seed=0)
-    for _ in range(2):
-        module = Flat()
-        fit(module, [callback])
-        assert module.seen[0].std().item() == pytest.approx(0.3**0.5, rel=0.012)
-
-
-def test_copies_of_the_callback_work_on_their_own():
-    original = GradientNoise(eta=1.0, seed=0)
-    results = []
-
-    class Copy(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            self.twins = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
-
-    copier = Copy()
-    module = Flat(100)
-    fit(module, [original, copier])
-    for callback in copier.twins:
-        twin = Flat(100)
-        fit(twin, [callback])
-        results.append(torch.equal(twin.w, module.w))
-    assert results == [True, True]
 
 
 def test_gradient_noise_does_nothing_outside_fit():

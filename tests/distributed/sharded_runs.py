@@ -27,7 +27,7 @@ DATA = [torch.ones(4, 40)] * 4
 class Sharded(L.LightningModule):
     """A loss without gradient and a learning rate of 1: the parameters are minus the sum of the noise.
 
-    Some parameters are small and share a vector of numbers, some have one of their own; the last layer has fewer
+    Some parameters are small, some are not; the last layer has fewer
     rows than there are processes.
     """
 

@@ -1,8 +1,13 @@
 """The fast path against the readable one: `add_gaussian_`, a tensor at a time."""
 
+from math import prod
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_noisy.engine.noise_plan import _MOST_KEPT, _SMALL, NoisePlan, _Batch, _strides, _windows
 from lightning_noisy.functional.gaussian import Sampler, add_gaussian_, stream_key, substream
@@ -202,3 +207,33 @@ def test_windows_are_the_shards_numbers(shape, offset, size, start):
         batch.add(block, 0)
     batch.flush()
     assert torch.equal(local, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize(
+    ("mesh", "placements"),
+    [
+        ((3,), [Shard(0)]),
+        ((3,), [Shard(1)]),
+        ((3,), [Replicate()]),
+        ((2, 2), [Shard(0), Shard(1)]),
+        ((2, 2), [Replicate(), Shard(1)]),
+    ],
+)
+def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype):
+    whole = reference("w", torch.zeros(50, 41, dtype=dtype), 1.0)
+    for rank in range(prod(mesh)):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=prod(mesh), store=FakeStore())
+        try:
+            device_mesh = init_device_mesh("cpu", mesh)
+            # Not by zeros_like: torch keeps the result's description, with the mesh that it saw first.
+            value, gradient, expected = (
+                distribute_tensor(tensor, device_mesh, placements, src_data_rank=None)
+                for tensor in (torch.zeros_like(whole), torch.zeros_like(whole), whole)
+            )
+            parameter = nn.Parameter(value)
+            parameter.grad = gradient
+            NoisePlan({"w": parameter}).add_noise([1.0], ("s",), 0)
+            assert torch.equal(gradient.to_local(), expected.to_local())
+        finally:
+            torch.distributed.destroy_process_group()
