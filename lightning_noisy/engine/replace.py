@@ -44,7 +44,7 @@ def check_replacement(to: Replacement) -> None:
                 raise TypeError(f"A mapping's values must be names, classes or callables, got {new!r} for {old!r}.")
             check_replacement(new)
     elif isinstance(to, str):
-        registry.check_name(to, registry.names(), what="the name of an activation")
+        registry.check_name(registry.parse(to)[0], registry.names(), what="the name of an activation")
     elif isinstance(to, nn.Module):
         raise TypeError(
             f"An instance can't be used at every site, got {to!r}. Pass its class, or a function that makes one:"
@@ -140,6 +140,8 @@ def _choose(site: ActivationSite, to: Replacement) -> _New | None:
     """What the site is replaced with, or None if it stays."""
     if isinstance(to, Mapping):
         return to.get(site.function)
+    if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
+        return None
     return None if site.function in GATE_OR_OUTPUT and site.is_gate is None and site.name else to
 
 
@@ -185,17 +187,18 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
 
 
 def _instantiate(site: ActivationSite, new: _New) -> nn.Module:
-    if new == "normalized":
+    name, options = registry.parse(new) if isinstance(new, str) else ("", {})
+    if name == "normalized":
         # The function with the site's own options and parameters. A shallow copy, since it may work in place.
         function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
         if isinstance(function, nn.Module):
             if hasattr(function, "inplace"):
                 function.inplace = False  # type: ignore[assignment]
-            for name in _HOOKS:  # they are the new module's
-                setattr(function, name, type(getattr(function, name))())
-        return registry.create("normalized", function=function)
+            for hooks in _HOOKS:  # they are the new module's
+                setattr(function, hooks, type(getattr(function, hooks))())
+        return registry.create(name, function=function, **options)
     if isinstance(new, str):
-        return registry.create(new)
+        return registry.create(name, function=site.function, **options)
     if inspect.isclass(new):
         try:
             return cast(nn.Module, new())

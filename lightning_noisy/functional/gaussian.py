@@ -11,14 +11,16 @@ of 32 bits, taken to float32, go no nearer to ±1.
 from __future__ import annotations
 
 import hashlib
+import threading
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "Sampler", "add_gaussian_", "gaussian", "gaussian_at", "stream_key", "substream"]
+__all__ = ["Key", "Sampler", "add_gaussian_", "gaussian", "gaussian_at", "gaussian_like", "stream_key", "substream"]
 
 Key = tuple[int, int]
+_local = threading.local()  # the CPU's sampler
 
 _WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
 _FACTOR = 0xD6E8FEB86659FD93
@@ -74,9 +76,10 @@ def _mix_(counters: Tensor, other: Tensor, second: int) -> Tensor:
     return torch.add(counters, other, out=counters)
 
 
-def erfinv_at(key: Key, address: Tensor) -> Tensor:
+def erfinv_at(key: Key | tuple[Tensor, int], address: Tensor) -> Tensor:
     """The numbers at any addresses with half their variance, erf⁻¹ of uniform ones: the reference of the Sampler."""
-    counters = (address >> 1) * signed(_WEYL) + signed(key[0])
+    first = key[0] if isinstance(key[0], Tensor) else signed(key[0])
+    counters = (address >> 1) * signed(_WEYL) + first
     bits = _mix_(counters, torch.empty_like(counters), signed(key[1]))
     words = torch.where(address % 2 == 0, bits << 32 >> 32, bits >> 32)
     return torch.erfinv(words.to(torch.float32) * _TO_UNIT)
@@ -170,6 +173,35 @@ def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "c
     True
     """
     return gaussian_at(key, torch.arange(start, max(start, stop), device=device))
+
+
+@torch.no_grad()
+def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
+    """Standard normal numbers for every element of a tensor, for noise that is drawn anew in each forward pass.
+
+    Args:
+        x: tensor whose shape and device they have.
+        first: first half of the key, 0-dimensional int64 tensor: on a device its value isn't waited for.
+        second: second half of the key.
+
+    Returns:
+        Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return erfinv_at((first, second), torch.arange(x.numel(), device=x.device).view(x.shape)) * sqrt(2)
+    numbers = torch.empty(x.shape, dtype=torch.float32)
+    flat = numbers.view(-1)
+    sampler = _local.__dict__.get("sampler")
+    if sampler is None:
+        sampler = _local.sampler = Sampler(x.device)
+    offset, start = int(first), 0
+    while start < flat.numel():
+        count = min(2 * sampler.pairs, flat.numel() - start)
+        pairs = (count + 1) // 2
+        sampler.counters_of(start // 2, pairs, offset, out=sampler.counters[:pairs])
+        torch.mul(sampler.draw(pairs, second)[:count], sqrt(2), out=flat[start : start + count])
+        start += count
+    return numbers
 
 
 @torch.no_grad()

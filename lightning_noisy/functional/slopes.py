@@ -39,13 +39,15 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _autograd_slope(function: Elementwise, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # which traces torch.func, and not a backward pass within a forward pass
+        gradient: Tensor = torch.func.grad(lambda leaf: function(leaf).sum())(x)
+        return gradient
     # Hooks of an outer context, such as activation checkpointing, are not to count what is saved here.
     hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     with torch.inference_mode(False), torch.enable_grad(), hooks:
         leaf = x.clone().detach().requires_grad_()
         # Another copy lets functions that work in place do so: autograd refuses that on a leaf.
-        (gradient,) = torch.autograd.grad(function(leaf.clone()).sum(), leaf)
-    return gradient
+        return torch.autograd.grad(function(leaf.clone()).sum(), leaf)[0]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.scores import rho_prime
 from lightning_noisy.functional.slopes import slope
+from lightning_noisy.nn.recomputing import is_recomputing
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 
@@ -147,8 +148,11 @@ class NormalizedActivation(nn.Module):
     @torch.no_grad()
     def _track(self, x: Tensor, y: Tensor) -> None:
         """Update the running values with a batch: input ``x``, output ``y`` of the plain function."""
-        # Backward is under way: activation checkpointing runs this forward pass for the second time.
-        if x.numel() == 0 or torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1:
+        if (
+            x.numel() == 0
+            or is_recomputing()
+            or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
+        ):
             return
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)

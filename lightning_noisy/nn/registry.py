@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_noisy.nn.gpn import GPNActivation
+from lightning_noisy.nn.noisy import NAH, NAN, NANI, NANIL, NANIS, NoisyActivation
 from lightning_noisy.nn.normalized import NLeakyReLU, NormalizedActivation, NReLU, NSwish
 
-__all__ = ["check_name", "create", "function_name", "names"]
+__all__ = ["check_name", "create", "describe", "function_name", "names", "parse", "register", "unregister"]
 
 # The elementwise activations of torch.nn, each by the name of its function in torch.nn.functional.
 PLAIN: dict[str, type[nn.Module]] = {
@@ -42,17 +47,109 @@ NORMALIZED: dict[str, type[NormalizedActivation]] = {
     "nlrelu": NLeakyReLU,
     "nrelu": NReLU,
     "nsw": NSwish,
-    "nswish": NSwish,
 }
 
 
+NOISY: dict[str, type[NoisyActivation]] = {"nah": NAH, "nan": NAN, "nani": NANI, "nanil": NANIL, "nanis": NANIS}
+
+# The functions that the noisy activations have hard versions of, by the version's name.
+SATURATING = {"hardsigmoid": "sigmoid", "hardtanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
+
+_GPN = {f"{name}-gpn": name for name in ("relu", "leaky_relu", "elu", "selu", "tanh", "gelu")}
+
+_ALIASES = {"leakyrelu": "leaky_relu", "nleaky_relu": "nlrelu", "nswish": "nsw", "swish": "silu"}
+
+_registered: dict[str, Callable[..., nn.Module]] = {}
+
+
 def names() -> list[str]:
-    """Every name that :func:`create` takes.
+    """Every name that :func:`create` takes, without aliases.
 
     >>> "nsw" in names()
     True
     """
-    return sorted([*PLAIN, *NORMALIZED, "normalized"])
+    return sorted([*PLAIN, *NORMALIZED, "normalized", *NOISY, *_GPN, *_registered])
+
+
+def describe() -> str:
+    """A table of the names, with a line on each.
+
+    >>> print(describe().splitlines()[0])
+    celu                 torch.nn.CELU
+    """
+    lines = {name: f"torch.nn.{cls.__name__}" for name, cls in PLAIN.items()}
+    lines |= {name: _first_line(cls) for name, cls in (NORMALIZED | NOISY | _registered).items()}
+    lines["normalized"] = "The site's own function, normalized."
+    lines |= {
+        name: f"{PLAIN[function].__name__}, scaled and shifted for N(0, 1) (GPN)." for name, function in _GPN.items()
+    }
+    lines |= {alias: f"The same as {name}." for alias, name in _ALIASES.items()}
+    return "\n".join(f"{name:<20} {lines[name]}" for name in sorted(lines))
+
+
+def _first_line(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+_Factory = TypeVar("_Factory", bound=Callable[..., nn.Module])
+
+
+def register(name: str) -> Callable[[_Factory], _Factory]:
+    """A decorator that gives a name to a class of modules, or to a function that makes one.
+
+    Args:
+        name: letters, digits, ``_`` and ``-``; not one that is there already.
+
+    Raises:
+        ValueError: if the name can't be used, or is taken.
+
+    >>> @register("double_relu")
+    ... class DoubleReLU(nn.ReLU):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> create("double_relu")
+    DoubleReLU()
+    >>> unregister("double_relu")
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"A name consists of letters, digits, _ and -, got {name!r}.")
+    if name in names() or name in _ALIASES:
+        raise ValueError(f"{name!r} is the name of an activation already.")
+
+    def add(factory: _Factory) -> _Factory:
+        _registered[name] = factory
+        return factory
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Take a name away that :func:`register` gave."""
+    del _registered[name]
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Take a name with options apart. Options are literals; nothing is evaluated.
+
+    Raises:
+        ValueError: if it isn't written as ``name`` or ``name(option=literal, ...)``.
+
+    >>> parse("nah(alpha=1.15, c=0.5)")
+    ('nah', {'alpha': 1.15, 'c': 0.5})
+    """
+    name, bracket, rest = spec.strip().partition("(")
+    name = _ALIASES.get(name.strip(), name.strip())
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+            raise ValueError("there are arguments without a name")
+        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{spec!r} must be a name, or a name with literals as options, such as 'nah(alpha=1.15)': {error}."
+        ) from None
 
 
 def check_name(name: str, known: Iterable[str], *, what: str) -> None:
@@ -69,11 +166,13 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
     """Make an activation by its name.
 
     Args:
-        name: one of :func:`names`: a plain function (``"gelu"``), a normalized one (``"nsw"``, ``"nrelu"``,
-            ``"nlrelu"``), or ``"normalized"`` for the normalized version of ``function``.
+        name: one of :func:`names` or an alias: a plain function (``"gelu"``), a normalized one (``"nsw"``,
+            ``"nrelu"``, ``"nlrelu"``), ``"normalized"`` for the normalized version of ``function``, a noisy one
+            (``"nah"``, ...) for the hard version of ``function``, a GPN one (``"relu-gpn"``). It may have options,
+            ``"nah(alpha=1.15, c=0.5)"``: literals, see :func:`parse`.
         function: what ``"normalized"`` normalizes: a plain function's name, or an elementwise callable or
-            module. The other names have their own function.
-        options: keyword arguments of the module's class.
+            module; for the noisy names one of ``SATURATING``, or a pair (h, u). The other names have their own.
+        options: keyword arguments of the module's class; they win over those in the name.
 
     Returns:
         A new module.
@@ -84,12 +183,20 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
 
     >>> create("leaky_relu", negative_slope=0.2)
     LeakyReLU(negative_slope=0.2)
+    >>> create("nah(c=30)", function="sigmoid")
+    NAH('sigmoid', c=30, noise='half-normal', alpha=1.15)
     """
+    name, written = parse(name)
+    options = {**written, **options}
     check_name(name, names(), what="the name of an activation")
-    if name in PLAIN:
-        return PLAIN[name](**options)
-    if name in NORMALIZED:
-        return NORMALIZED[name](**options)
+    if name in NOISY:
+        hard = SATURATING.get(function, function) if isinstance(function, str) else function
+        return NOISY[name](hard, **options)  # type: ignore[arg-type]
+    if name in _GPN:
+        return GPNActivation(PLAIN[_GPN[name]](), **options)
+    for group in (PLAIN, NORMALIZED, _registered):
+        if name in group:
+            return group[name](**options)
     if isinstance(function, str):
         check_name(function, PLAIN, what="the name of a plain activation function")
         function = PLAIN[function]()
@@ -99,13 +206,15 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
 def function_name(module: nn.Module) -> str | None:
     """The plain name of the function that an activation module applies, or None for any other module.
 
-    Subclasses of an activation count as that activation; a normalized one has the name of what it
-    normalizes.
+    Subclasses of an activation count as that activation; a normalized or noisy one has the name of what it
+    is a version of.
 
     >>> function_name(NSwish()), function_name(nn.ReLU6()), function_name(nn.Linear(1, 1))
     ('silu', 'relu6', None)
     """
-    if isinstance(module, NormalizedActivation):
+    if isinstance(module, NoisyActivation):
+        return module.function_name
+    if isinstance(module, (NormalizedActivation, GPNActivation)):
         if isinstance(module.function, nn.Module):
             return function_name(module.function) or type(module.function).__name__
         return str(getattr(module.function, "__name__", "function"))

@@ -37,7 +37,7 @@ def test_normalized_takes_the_function_of_the_site():
     assert registry.function_name(registry.create("normalized", function=torch.sin)) == "sin"
 
 
-@pytest.mark.parametrize(("name", "suggestion"), [("nws", "'nsw'"), ("Relu", "'relu'"), ("swish", "'nswish'")])
+@pytest.mark.parametrize(("name", "suggestion"), [("nws", "'nsw'"), ("Relu", "'relu'"), ("nsww", "'nsw'")])
 def test_unknown_names_are_answered_with_the_closest(name, suggestion):
     with pytest.raises(ValueError, match=rf"'{name}' is not the name of an activation. Did you mean.*{suggestion}"):
         registry.create(name)

@@ -1,0 +1,270 @@
+"""Noisy activations of Gulcehre et al., "Noisy Activation Functions" (2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_noisy.functional import noisy
+from lightning_noisy.functional.gaussian import gaussian_like
+from lightning_noisy.functional.noisy import HARD, HardFunction
+from lightning_noisy.nn.recomputing import is_recomputing
+
+__all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
+
+Elementwise = Callable[[Tensor], Tensor]
+Function = str | HardFunction | tuple[Elementwise, Elementwise]
+
+_NEXT_DRAW = 0x2545F4914F6CDD1D  # odd: how far the keys of two forward passes lie apart
+_NEXT_RANK = 0xDA942042E4DD58B5
+
+
+class NoisyActivation(nn.Module):
+    r"""The base of the noisy activations: a hard-saturating function h, its linearization u, and a stream of noise.
+
+    Noise is drawn anew for each element in each forward pass in training mode; evaluation uses the expectation. It
+    comes from a stream of the module's own, which differs between ranks (they see other samples) and goes on after a
+    resume: the global random states are neither used nor changed, and with ``c = 0`` a run is bit for bit the one
+    without noise. Activation checkpointing repeats the noise, as long as a checkpointed module is called once per
+    backward pass.
+
+    Computed in float32 (float64 for double precision); the output has the input's dtype.
+
+    Args:
+        function: ``"tanh"``, ``"sigmoid"`` or ``"relu"``, for their hard versions; or a pair (h, u) of elementwise
+            callables that are equal where h doesn't saturate.
+        c: scale of the noise, >= 0. Annealing changes it: ``module.c.fill_(0.5)``.
+        noise: ``"normal"`` or ``"half-normal"``, the distribution of ε or ξ.
+        num_parameters: 1, or the number of channels (dimension 1 of the input) for a p of each.
+        inplace: write the result into the input, as the activation that this one replaces did. It costs a copy.
+        device: device of the parameter and the buffers.
+        dtype: dtype of the parameter.
+
+    Attributes:
+        p: the learned p, parameter of shape (num_parameters,), uniform in [-1, 1] at the start; or None.
+        c: scale of the noise, 0-dimensional float32 buffer that is in no ``state_dict``.
+        noise_state: seed of the stream and the forward passes that have drawn from it, int64 buffer of shape (2,).
+
+    Shape:
+        Input and output: any shape, the same.
+
+    Raises:
+        ValueError: if an option is outside its range, or a name unknown.
+        TypeError: if ``function`` is neither a name nor a pair of callables.
+    """
+
+    c: Tensor
+    noise_state: Tensor
+    p: nn.Parameter | None
+    learns_scale = True
+
+    def __init__(
+        self,
+        function: Function = "tanh",
+        *,
+        c: float = 0.5,
+        noise: Literal["normal", "half-normal"] = "normal",
+        num_parameters: int = 1,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hard_function, self.function_name = _hard_function(function)
+        if not 0 <= c < float("inf"):
+            raise ValueError(f"c must be a finite number >= 0, got {c!r}. Use c=0 to switch the noise off.")
+        if noise not in ("normal", "half-normal"):
+            raise ValueError(f'noise must be "normal" or "half-normal", got {noise!r}.')
+        if num_parameters < 1:
+            raise ValueError(f"num_parameters must be >= 1, got {num_parameters!r}.")
+        self.noise = noise
+        self.inplace = inplace
+        self.p = nn.Parameter(torch.empty(num_parameters, device=device, dtype=dtype)) if self.learns_scale else None
+        self.register_buffer("c", torch.tensor(float(c), dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("noise_state", torch.zeros(2, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw p and the seed of the noise anew, from torch's global generator."""
+        if self.p is not None:
+            self.p.uniform_(-1, 1)
+        self.noise_state.copy_(torch.stack([torch.randint(2**62, ()), torch.tensor(0)]))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the noisy activation, in evaluation mode its expectation."""
+        x = input.clone() if self.inplace else input
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            output = self._noisy(x, self._draw(x)) if self.training else self._expected(x)
+        output = output.to(input.dtype)
+        return input.copy_(output) if self.inplace else output
+
+    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
+        """The output for noise ``epsilon``."""
+        raise NotImplementedError
+
+    def _expected(self, x: Tensor) -> Tensor:
+        """The expectation of the output."""
+        raise NotImplementedError
+
+    def _p(self, x: Tensor) -> Tensor:
+        """P in the dtype of ``x``, and broadcastable to it."""
+        assert self.p is not None
+        p = self.p.to(x.dtype)
+        return p if p.numel() == 1 or x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
+
+    def _draw(self, x: Tensor) -> Tensor:
+        """Numbers for each element of ``x``; once more the last ones where checkpointing repeats the pass."""
+        if not is_recomputing():
+            self.noise_state[1] += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        first = self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW
+        epsilon = gaussian_like(x, first, (rank + 1) * _NEXT_RANK % 2**64).to(x.dtype)
+        return epsilon.abs() if self.noise == "half-normal" else epsilon
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoisyActivation:
+        c = self.c
+        super()._apply(fn, recurse)
+        if self.c.dtype != torch.float32:  # half precision would round an annealed c
+            self.c = c.to(self.c.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Options as keyword arguments."""
+        options = [repr(self.function_name), f"c={self.c.item():g}" if self.c.device.type != "meta" else "c=?"]
+        options += [f"noise={self.noise!r}"] + (["inplace=True"] if self.inplace else [])
+        return ", ".join(options)
+
+
+class _OutputNoise(NoisyActivation):
+    """Noise on the output: NAN and NAH."""
+
+    def __init__(self, function: Function = "tanh", *, alpha: float = 1.15, **options: Any) -> None:
+        super().__init__(function, **options)
+        self.alpha = float(alpha)
+
+    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
+        return noisy.output_noise(x, epsilon, self._p(x), self.c, function=self.hard_function, alpha=self.alpha)
+
+    def _expected(self, x: Tensor) -> Tensor:
+        half_normal = self.noise == "half-normal"
+        return noisy.expected_output_noise(
+            x, self._p(x), self.c, function=self.hard_function, alpha=self.alpha, half_normal=half_normal
+        )
+
+    def extra_repr(self) -> str:
+        """Options as keyword arguments."""
+        return f"{super().extra_repr()}, alpha={self.alpha:g}"
+
+
+class NAN(_OutputNoise):
+    r"""Normal noise on the output where h saturates (Eq. 12).
+
+    :math:`\phi = \alpha h + (1 - \alpha) u + d \sigma \xi` with :math:`\sigma = c (\mathrm{sigmoid}(p (h - u)) -
+    1/2)^2` and :math:`d = -\mathrm{sgn}(x) \mathrm{sgn}(1 - \alpha)`.
+
+    Args:
+        function: see :class:`NoisyActivation`.
+        alpha: α; above 1 the output leans away from u, which the noise makes good. The authors take 1.15 for tanh,
+            1.1 to 1.15 for the sigmoid.
+        options: of :class:`NoisyActivation`. The authors anneal ``c`` from 30 to 0.5.
+
+    >>> NAN(c=0.0)(torch.tensor([0.5, 2.0])).detach()  # 1.15 h - 0.15 u
+    tensor([0.5000, 0.8500])
+    """
+
+
+class NAH(_OutputNoise):
+    """Half-normal noise on the output where h saturates (Eq. 12 with ε = |ξ|). Arguments as of :class:`NAN`."""
+
+    def __init__(self, function: Function = "tanh", *, alpha: float = 1.15, **options: Any) -> None:
+        super().__init__(function, alpha=alpha, **{"noise": "half-normal", **options})
+
+
+class NANI(NoisyActivation):
+    r"""Normal noise on the input: :math:`\phi = h(x + \sigma \xi)` with σ = ``c`` (Eq. 14).
+
+    Args:
+        function: see :class:`NoisyActivation`.
+        c: σ. The authors take 0.05.
+        options: of :class:`NoisyActivation`.
+    """
+
+    learns_scale = False
+
+    def __init__(self, function: Function = "tanh", *, c: float = 0.05, **options: Any) -> None:
+        super().__init__(function, c=c, **options)
+        if self.noise != "normal":
+            raise ValueError(f'Noise on the input must be "normal", got {self.noise!r}.')
+
+    def _sigma(self, x: Tensor) -> Tensor:
+        return self.c.to(x.dtype)
+
+    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
+        return noisy.input_noise(x, epsilon, self._sigma(x), function=self.hard_function)
+
+    def _expected(self, x: Tensor) -> Tensor:
+        return noisy.expected_input_noise(x, self._sigma(x), function=self.hard_function)
+
+
+class NANIL(NANI):
+    r"""Normal noise on the input, of learned σ: :math:`\phi = h(x + \sigma(x) \xi)` (Eq. 14 with Eq. 9).
+
+    Args:
+        function: see :class:`NoisyActivation`.
+        c: see :class:`NAN`.
+        options: of :class:`NoisyActivation`.
+    """
+
+    learns_scale = True
+
+    def __init__(self, function: Function = "tanh", *, c: float = 0.5, **options: Any) -> None:
+        super().__init__(function, c=c, **options)
+
+    def _sigma(self, x: Tensor) -> Tensor:
+        delta = self.hard_function.hard(x) - self.hard_function.linear(x)
+        return noisy.noise_scale(delta, self._p(x), self.c)
+
+
+class NANIS(NANI):
+    r"""Normal noise on the input where h saturates: :math:`\phi = h(x + 1_{|x| \ge |x_t|} \sigma \xi)` (Eq. 15).
+
+    A ReLU saturates where x <= 0; a pair (h, u) of your own where h and u differ.
+
+    Args:
+        function: see :class:`NoisyActivation`.
+        c: σ. The authors take 0.25.
+        options: of :class:`NoisyActivation`.
+    """
+
+    def __init__(self, function: Function = "tanh", *, c: float = 0.25, **options: Any) -> None:
+        super().__init__(function, c=c, **options)
+
+    def _sigma(self, x: Tensor) -> Tensor:
+        line = self.hard_function.linear(x)
+        if self.hard_function.slope is None:
+            saturated = self.hard_function.hard(x) != line
+        else:
+            lower, upper = self.hard_function.bounds
+            saturated = (line <= lower) | (line >= upper)
+        return torch.where(saturated, self.c.to(x.dtype), 0.0)
+
+
+def _hard_function(function: Function) -> tuple[HardFunction, str]:
+    """H and u, and what to call them."""
+    if isinstance(function, HardFunction):
+        return function, "custom"
+    if isinstance(function, str):
+        if function not in HARD:
+            raise ValueError(
+                f"There is no hard version of {function!r}. Known are: {', '.join(map(repr, HARD))}; for another"
+                " function pass a pair (h, u) of callables."
+            )
+        return HARD[function], function
+    if isinstance(function, tuple) and len(function) == 2 and all(map(callable, function)):
+        return HardFunction(*function), "custom"
+    raise TypeError(f"function must be a name or a pair (h, u) of callables, got {function!r}.")
