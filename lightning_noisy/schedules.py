@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
@@ -62,7 +62,7 @@ class HorizonSchedule:
         return any(isinstance(part, HorizonSchedule) and part.follows_lr for part in self._values())
 
     def _values(self) -> list[object]:
-        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        values: list[object] = [getattr(self, f.name) for f in fields(self)] if is_dataclass(self) else []
         return [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
 
     def resolved(self: Self, total: int) -> Self:
@@ -308,8 +308,8 @@ class FollowLR(_FollowsLR):
             raise ValueError(f"power must be a finite number, got {self.power!r}.")
 
     def with_lr(self, lr: float) -> Constant:
-        """The constant noise of a learning rate, >= 0; a learning rate of 0 has none."""
-        return Constant(self.factor * lr**self.power if lr else 0.0)
+        """The constant noise of a learning rate; there is none at 0, or below it by rounding."""
+        return Constant(self.factor * lr**self.power if lr > 0 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,8 @@ class Langevin(_FollowsLR):
     \mathrm{lr}_t}`. With plain SGD on a loss U this samples from a density proportional to exp(-U / T), up to the
     error of finite steps (Welling and Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", 2011: Eq. 4,
     with lr = ε / 2 and T = 1). ``FollowLR((2 * T) ** 0.5, power=0.5)`` is the noise with this variance on the
-    gradients themselves.
+    gradients themselves. It is meant for SGD without momentum: with momentum, noise of a small learning rate is large
+    and reaches the weights of later steps.
 
     Args:
         temperature: T, >= 0; 1 / n for a loss that is the mean over the n samples of the training set.
@@ -335,8 +336,8 @@ class Langevin(_FollowsLR):
         _check_non_negative("temperature", self.temperature, "to switch the noise off")
 
     def with_lr(self, lr: float) -> Constant:
-        """The constant noise of a learning rate, >= 0; a learning rate of 0 has none, as it moves no weight."""
-        return Constant(math.sqrt(2 * self.temperature / lr) if lr else 0.0)
+        """The constant noise of a learning rate; there is none at 0, or below it by rounding, where no weight moves."""
+        return Constant(math.sqrt(2 * self.temperature / lr) if lr > 0 else 0.0)
 
 
 @dataclass(frozen=True)

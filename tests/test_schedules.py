@@ -175,7 +175,18 @@ def test_schedules_say_whether_they_follow_the_learning_rate():
 
 
 def test_schedules_that_follow_the_learning_rate_have_no_noise_at_zero():
-    assert FollowLR(1.0, power=-1.0).with_lr(0.0)(0) == Langevin().with_lr(0.0)(0) == 0.0
+    for lr in (0.0, -1e-18):  # which schedulers reach by rounding
+        assert FollowLR(1.0, power=-1.0).with_lr(lr)(0) == Langevin().with_lr(lr)(0) == 0.0
+
+
+def test_schedules_of_ones_own_need_not_be_dataclasses():
+    class Own(HorizonSchedule):
+        def __call__(self, step):
+            return 0.5
+
+    assert not Own().is_open
+    assert not Own().follows_lr
+    assert Warmup(Own(), steps=2).with_lr(0.1)(1) == 0.25
 
 
 @pytest.mark.parametrize("power", [float("nan"), "1", True])

@@ -64,7 +64,7 @@ class GradientNoise(pl.Callback):
         prog_bar: show σ on the progress bar.
         seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
             starts; in both cases a checkpoint that is resumed from brings its own. It is logged as the hyperparameter
-            ``gradient_noise_seed``.
+            ``gradient_noise_seed`` (TensorBoard: in hparams.yaml).
 
     Raises:
         TypeError: if an argument is not of its type.
@@ -102,6 +102,7 @@ class GradientNoise(pl.Callback):
         self.prog_bar = prog_bar
         self._instance = 0
         self._suffix = ""  # of tags
+        self._logged_seed: int | None = None
         self._norms_before: dict[int, Tensor] = {}  # of the batch
         self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
         self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
@@ -109,9 +110,11 @@ class GradientNoise(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Name of the state in checkpoints; instances with different names or schedules have one each."""
+        """Name of the state in checkpoints: by the instance's name, if it has one, else by its schedule."""
+        if self.name:
+            return self._generate_state_key(name=self.name)
         schedule = repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__qualname__
-        return self._generate_state_key(schedule=schedule, **({"name": self.name} if self.name else {}))
+        return self._generate_state_key(schedule=schedule)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find out which of the Trainer's instances this is: each has a stream of its own."""
@@ -150,7 +153,7 @@ class GradientNoise(pl.Callback):
                 optimizer,
                 schedule,
                 seed=seed,
-                stream=f"{self._instance}.{index}",
+                stream=f"{self.name or self._instance}.{index}",
                 model=pl_module,
                 params=self.params,
                 relative=self.relative,
@@ -159,8 +162,18 @@ class GradientNoise(pl.Callback):
         ]
         if self._restored is not None:
             self._restore(self._restored)
-        if self._handles:
-            log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._handles[0].seed})
+        self._log_seed(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that what checkpoints brought differs between instances."""
+        handles = [handle for callback in _instances(trainer) for handle in callback._handles]
+        if len({(handle.seed, handle.stream) for handle in handles}) < len(handles):
+            raise MisconfigurationException(
+                "Two GradientNoise callbacks would add the same noise: the checkpoint has the stream of one for both."
+                " Give each a name, with which it finds its own state."
+            )
+        if self._handles and self._handles[0].seed != self._logged_seed:  # restored late, as sharded strategies do
+            self._log_seed(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -242,10 +255,18 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Take the state of the only noise in a checkpoint also if its schedule was another one."""
         states = {k: v for k, v in checkpoint["callbacks"].items() if str(k).startswith(type(self).__qualname__)}
-        if not states and trainer.state.fn == TrainerFn.FITTING:
-            rank_zero_warn("The checkpoint was written without GradientNoise: its noise starts at t = 0.")
-        if self.state_key not in states and len(states) == len(_instances(trainer)) == 1:
+        if self.state_key in states:
+            return
+        if len(states) == len(_instances(trainer)) == 1:
             self.load_state_dict(*states.values())
+        elif trainer.state.fn == TrainerFn.FITTING:
+            without = f"has no state of {self.state_key}" if states else "was written without GradientNoise"
+            rank_zero_warn(f"The checkpoint {without}: its noise starts at t = 0.")
+
+    def _log_seed(self, trainer: pl.Trainer) -> None:
+        if self._handles:
+            self._logged_seed = self._handles[0].seed
+            log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._logged_seed})
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._restored = None

@@ -55,11 +55,12 @@ def add_gradient_noise(
         stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
         model: where the parameters' names come from. Without it they come from the optimizer (``param_names``), and
             from their position in it if that has none.
-        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. It is asked anew when
+            the optimizer's parameter groups change.
         relative: make σ a multiple of the root mean square of the gradient's elements (after clipping, over all
-            parameters that get noise), so that the signal-to-noise ratio is 1 / ``schedule(t)``. It costs a host
-            sync per step; a gradient that is not finite gets no noise. Shards sum the squares in another order than
-            one process does, so that σ may differ in its last digits.
+            parameters that get noise), so that with equal scales the signal-to-noise ratio is 1 / ``schedule(t)``. It
+            costs a host sync per step; a gradient that is not finite gets no noise. Shards sum the squares in another
+            order than one process does, so that σ may differ in its last digits.
 
     Returns:
         A handle to read and restore t, and to remove the noise. It is a context manager, too.
@@ -87,6 +88,7 @@ class GradientNoiseHandle:
 
     Attributes:
         seed: the seed.
+        stream: what tells the noise apart from others of the same seed.
         step: t, the steps with noise that the optimizer has taken.
         std: σ of the last step, None before the first; where it follows the learning rate, of the first group.
         measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
@@ -114,10 +116,9 @@ class GradientNoiseHandle:
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
         self.seed = operator.index(seed)
-        self._stream = stream
-        for hook in optimizer._optimizer_step_pre_hooks.values():
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, GradientNoiseHandle) and (other.seed, other._stream) == (seed, stream):
+        self.stream = stream if isinstance(stream, str) else operator.index(stream)
+        for other in _handles(optimizer):
+            if (other.seed, other.stream) == (self.seed, self.stream):
                 raise ValueError(
                     f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
                     " double it. Remove that first, or pass another seed or stream."
@@ -151,11 +152,13 @@ class GradientNoiseHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t: plain numbers and strings."""
-        return {"seed": self.seed, "stream": self._stream, "step": self.step}
+        return {"seed": self.seed, "stream": self.stream, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the seed, the stream and the t of :meth:`state_dict`."""
-        self.seed, self._stream, self.step = state["seed"], state["stream"], state["step"]
+        stream = state["stream"]
+        self.stream = stream if isinstance(stream, str) else operator.index(stream)
+        self.seed, self.step = operator.index(state["seed"]), operator.index(state["step"])
 
     def __enter__(self) -> GradientNoiseHandle:
         return self
@@ -201,33 +204,49 @@ class GradientNoiseHandle:
             return
         grad_scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if grad_scale is None else grad_scale.item()
+        handles = _handles(optimizer)
+        if handles[0] is self:  # measure for all before any adds its noise
+            for handle in handles:
+                handle._measure(optimizer, scale)
         plan = self._current_plan(optimizer)
-        if self._relative and not self._sees_all:
-            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
-        stds = [self._std(group) for group in optimizer.param_groups]
+        stds = self._stds(optimizer.param_groups)
         scales = [_noise_scale(group) for group in optimizer.param_groups]
-        gradients = plan.gradients() if self._sees_all and (self.measuring or self._relative) else []
-        if gradients:
-            self.grad_norm = total_norm(gradients) / scale
-            if self._relative:
-                norm, weight = float(self.grad_norm), plan.noise_norm(scales)
-                rms = norm / weight if weight and math.isfinite(norm) else 0.0
-                stds = [std * rms for std in stds]
+        if self._relative:
+            count = plan.noise_norm([float(group_scale > 0) for group_scale in scales])
+            norm = 0.0 if self.grad_norm is None else float(self.grad_norm)
+            rms = norm / count if count and math.isfinite(norm) else 0.0
+            stds = [std * rms for std in stds]
         std = stds[0]
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
-        if gradients:
+        if self.measuring or self._relative:
             self.noise_norm = plan.noise_norm(stds)
-        if plan.add_noise([std * scale for std in stds], (self.seed, self._stream), self.step):
+        added = plan.add_noise([std * scale for std in stds], (self.seed, self.stream), self.step)
+        if added or not self._sees_all:  # a rank's flat shards may be empty, and ranks are to agree on t
             self._added, self.std = True, std
 
-    def _std(self, group: dict[str, Any]) -> float:
-        """σ of the present step for a parameter group, without its ``"noise_scale"``."""
+    def _measure(self, optimizer: Optimizer, scale: float) -> None:
+        """Measure the norm of the gradients, which are multiplied by ``scale``, if it is asked for."""
+        gradients = self.gradients(optimizer) if self.measuring or self._relative else []
+        if self._relative and not self._sees_all:
+            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
+        if gradients:
+            self.grad_norm = total_norm(gradients) / scale
+        elif self._relative:
+            self.grad_norm = None
+
+    def _stds(self, groups: list[dict[str, Any]]) -> list[float]:
+        """σ of the present step for each parameter group, without its ``"noise_scale"``."""
         schedule = self._schedule
-        if isinstance(schedule, HorizonSchedule) and schedule.follows_lr:
-            if "lr" not in group:
-                raise ValueError(f"{schedule} follows the learning rate, and a parameter group has none (key 'lr').")
-            schedule = schedule.with_lr(float(group["lr"]))
-        std = float(schedule(self.step))
+        if not (isinstance(schedule, HorizonSchedule) and schedule.follows_lr):
+            return [self._checked(schedule(self.step))] * len(groups)
+        if not all("lr" in group for group in groups):
+            raise ValueError(f"{schedule} follows the learning rate, and a parameter group has none (key 'lr').")
+        lrs = [float(group["lr"]) for group in groups]
+        by_lr = {lr: self._checked(schedule.with_lr(lr)(self.step)) for lr in set(lrs)}
+        return [by_lr[lr] for lr in lrs]
+
+    def _checked(self, std: float) -> float:
+        std = float(std)
         if not 0 <= std < math.inf:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
@@ -236,8 +255,8 @@ class GradientNoiseHandle:
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """The gradients that are there now and get noise at the optimizer's step; none if they are flat shards."""
-        gradients = self._current_plan(optimizer).gradients()
-        return gradients if self._sees_all else []
+        plan = self._current_plan(optimizer)
+        return plan.gradients([_noise_scale(group) for group in optimizer.param_groups]) if self._sees_all else []
 
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
@@ -250,11 +269,14 @@ class GradientNoiseHandle:
         return self._plan
 
     def _make_plan(self, optimizer: Optimizer) -> NoisePlan:
-        model = self._model.module if isinstance(self._model, (DataParallel, DistributedDataParallel)) else self._model
+        model = _unwrapped(self._model)
         names: dict[nn.Parameter, str] = {}
-        if isinstance(model, nn.Module):
-            names = {p: _strip_wrappers(name) for name, p in model.named_parameters()}
-        taken, chosen, groups = set(names.values()), {}, []
+        taken: set[str] = set()
+        for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+            stripped = _strip_wrappers(name)
+            names[parameter] = stripped if stripped not in taken else f"{stripped}#{len(names)}"
+            taken.add(names[parameter])
+        chosen, groups = {}, []
         seen: set[nn.Parameter] = set()
         for index, group in enumerate(optimizer.param_groups):
             own_names = group.get("param_names") or [None] * len(group["params"])
@@ -262,7 +284,7 @@ class GradientNoiseHandle:
                 if parameter in seen:
                     continue
                 if parameter not in names:
-                    name = _strip_wrappers(own_name) if own_name else f"#{len(seen)}"
+                    name = _strip_wrappers(own_name).removeprefix("module.") if own_name else f"#{len(seen)}"
                     names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # of another module
                     taken.add(names[parameter])
                 seen.add(parameter)
@@ -283,6 +305,23 @@ def _noise_scale(group: dict[str, Any]) -> float:
     if not 0 <= scale < math.inf:
         raise ValueError(f"noise_scale of a parameter group must be finite and >= 0, got {scale!r}.")
     return scale
+
+
+def _handles(optimizer: Optimizer) -> list[GradientNoiseHandle]:
+    """The noises of an optimizer, in the order in which they are added."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return [owner for owner in owners if isinstance(owner, GradientNoiseHandle)]
+
+
+def _unwrapped(model: nn.Module | None) -> nn.Module | None:
+    """A model without wrappers around it, of torch.compile and for data parallelism."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

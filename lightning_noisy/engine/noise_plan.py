@@ -75,10 +75,11 @@ class NoisePlan:
         open_packs: dict[torch.device, _Pack] = {}
         for place in self._places:
             p = place.parameter
-            kept += p.numel()
-            if type(p.data) is not Tensor or p.is_complex() or place.start or p.numel() >= _SMALL or kept > _MOST_KEPT:
+            fits = p.numel() < _SMALL and kept + p.numel() <= _MOST_KEPT
+            if not fits or type(p.data) is not Tensor or p.is_complex() or place.start:
                 self._single.append(place)
                 continue
+            kept += p.numel()
             pack = open_packs.get(p.device)
             if pack is None or not pack.take(place):
                 pack = open_packs[p.device] = _Pack(self._sampler(p.device), place)
@@ -86,9 +87,9 @@ class NoisePlan:
         for pack in self._packs:
             pack.close()
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients that are there."""
-        return [place.parameter.grad for place in self._places if place.parameter.grad is not None]
+    def gradients(self, scales: list[float]) -> list[Tensor]:
+        """The gradients that are there, of the groups whose scale is not 0."""
+        return [g for place in self._places if (g := place.parameter.grad) is not None and scales[place.group]]
 
     def noise_norm(self, stds: list[float]) -> float:
         """Root of the expected squared norm of the noise on the gradients that are there."""
@@ -121,17 +122,18 @@ class NoisePlan:
         packed = [(pack, *pack.gradients()) for pack in self._packs]
         places = [place for place in self._single if place.parameter.grad is not None]
         places += [place for _, _, others in packed for place in others]
-        batches: dict[tuple[torch.device, float], list[tuple[int, _Block]]] = {}
+        alike: dict[tuple[torch.device, float], list[_Place]] = {}
         for place in places:
-            std = stds[place.group] * (sqrt(0.5) if place.parameter.is_complex() else 1.0)
-            for block in _blocks(place.parameter, place.start):
-                batches.setdefault((block.tensor.device, std), []).append((place.offset, block))
+            gradient = _checked_gradient(place.parameter)
+            std = stds[place.group] * (sqrt(0.5) if gradient.is_complex() else 1.0)
+            alike.setdefault((gradient.device, std), []).append(place)
         for pack, gradients, _ in packed:
             pack.add_noise(gradients, stds, key)
-        for (device, std), blocks in batches.items():
+        for (device, std), group in alike.items():
             batch = _Batch(self._sampler(device), std, key)
-            for offset, block in blocks if std else ():
-                batch.add(block, offset)
+            for place in group if std else ():
+                for block in _blocks(place.parameter, place.start):
+                    batch.add(block, place.offset)
             batch.flush()
         return bool(places) or any(g is not None for _, gradients, _ in packed for g in gradients)
 
@@ -148,15 +150,17 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.is_sparse else gradient
         if dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
-            norms.append(torch.nn.utils.get_total_norm([dense.float()]))
+            whole = isinstance(dense, DTensor) or not dense.is_contiguous()
+            parts = [dense] if whole else dense.view(-1).split(_MOST_AT_ONCE)  # little memory
+            norms.append(torch.nn.utils.get_total_norm([torch.nn.utils.get_total_norm([p.float()]) for p in parts]))
             continue
         kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
         groups.setdefault(kind, []).append(dense)
     norms += [torch.nn.utils.get_total_norm(group) for group in groups.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not whole:
+    reduced = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if not reduced:
         return torch.zeros(())
-    norm: Tensor = torch.stack([part.to(whole[0].device, torch.float32) for part in whole]).norm()
+    norm: Tensor = torch.stack([part.to(reduced[0].device, torch.float32) for part in reduced]).norm()
     return norm
 
 
@@ -291,8 +295,8 @@ class _Batch:
         self._used, self._tensors, self._views = 0, [], []
 
 
-def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
-    """The parts of a parameter's gradient, as plain dense real tensors, and where their numbers are."""
+def _checked_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient, if it is of a kind that noise can be added to; sparse ones coalesced."""
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -301,32 +305,45 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
                 f"A gradient of shape {tuple(gradient.shape)} is a partial sum ({gradient.placements}): every summand"
                 " would get the noise. Reduce it before the optimizer's step."
             )
+    elif gradient.layout == torch.sparse_coo:
+        if gradient.sparse_dim() != 1:
+            raise TypeError(f"Noise on a sparse gradient needs one sparse dimension, got {gradient.sparse_dim()}.")
+        parameter.grad = gradient = gradient.coalesce()
+    elif gradient.layout != torch.strided:
+        raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
+    return gradient
+
+
+def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
+    """The parts of a parameter's gradient, as plain dense real tensors, and where their numbers are."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor):
         _, first = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
         local, whole, first = gradient.to_local(), tuple(gradient.shape), tuple(first)
         if local.is_complex():
             local, whole, first = torch.view_as_real(local), (*whole, 2), (*first, 0)
         strides = _strides(whole)
         yield from _windows(local, start + sum(map(operator.mul, first, strides)), strides)
-    elif gradient.layout == torch.sparse_coo:
+    elif gradient.is_sparse:
         # Rows without a gradient get no noise, as they get no update from a sparse optimizer.
-        parameter.grad = gradient = gradient.coalesce()
-        if gradient.sparse_dim() != 1:
-            raise TypeError(f"Noise on a sparse gradient needs one sparse dimension, got {gradient.sparse_dim()}.")
         rows, values = gradient.indices()[0], gradient.values()
         if values.is_complex():
             values = torch.view_as_real(values)
         width = prod(values.shape[1:])
-        height = max(1, _MOST_AT_ONCE // max(width, 1))
+        if not values.numel():
+            return
         if width > _MOST_AT_ONCE:
             yield from (_Block(row, start + i * width) for i, row in zip(rows.tolist(), values, strict=True))
-        elif width:
-            for part, indices in zip(values.split(height), rows.split(height), strict=True):
-                yield _Block(part, start + indices * width, even=start % 2 == width % 2 == 0)
-    elif gradient.layout != torch.strided:
-        raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
+            return
+        height = _MOST_AT_ONCE // width
+        for part, indices in zip(values.split(height), rows.split(height), strict=True):
+            yield _Block(part, start + indices * width, even=start % 2 == width % 2 == 0)
+    elif gradient.is_complex():
+        real = torch.view_as_real(gradient)
+        yield from _windows(real, 2 * start, _strides(tuple(real.shape)))
     else:
-        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        yield from _windows(real, start, _strides(tuple(real.shape)))
+        yield from _windows(gradient, start, _strides(tuple(gradient.shape)))
 
 
 def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[_Block]:

@@ -114,6 +114,7 @@ class Sampler:
         counters: int64 tensor, shape (pairs,).
     """
 
+    @torch.inference_mode(False)  # its memory is to be of use outside, too
     def __init__(self, device: torch.device) -> None:
         # 2 MiB, which the caches of two cores hold, and elsewhere 16 MiB, to occupy the device.
         self.pairs = 1 << (16 if device.type == "cpu" else 19)

@@ -7,8 +7,10 @@ import torch
 import yaml
 from helpers import Flat, Net, SpySGD, all_equal, batches, fit, loader, parameters_of, quiet_trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint, Timer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_noisy import GradientNoise
 from lightning_noisy.schedules import Constant, InverseDecay
@@ -273,3 +275,46 @@ def test_a_resumed_run_logs_the_checkpoints_seed(tmp_path):
     trainer = quiet_trainer(callbacks=[GradientNoise()], max_epochs=2, logger=logger)
     trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "last.ckpt")
     assert logger.hparams["gradient_noise_seed"] == 7
+
+
+class SaveAt(L.Callback):
+    """Writes a checkpoint after a number of steps."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_instances_find_their_state_by_name_in_any_order_and_with_any_schedule(tmp_path):
+    fit(Flat(10), [GradientNoise(seed=0, name="a"), SaveAt(tmp_path / "a.ckpt", 2)])
+    both = [GradientNoise(eta=0.5, seed=0, name=name) for name in "ba"]
+    trainer = quiet_trainer(callbacks=[*both, SaveAt("", 0)])
+    with pytest.warns(UserWarning, match=r"has no state of GradientNoise\{'name': 'b'\}: its noise starts at t = 0"):
+        trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "a.ckpt")
+    states = [callback.state_dict()["optimizers"][0] for callback in both]
+    assert states == [{"seed": 0, "stream": "b.0", "step": 2}, {"seed": 0, "stream": "a.0", "step": 4}]
+
+
+def test_two_instances_never_add_the_same_noise(tmp_path):
+    fit(Flat(10), [GradientNoise(eta=1.0, seed=0), SaveAt(tmp_path / "one.ckpt", 2)])
+    callbacks = [GradientNoise(eta=0.5, seed=0), GradientNoise(eta=1.0, seed=0), SaveAt("", 0)]
+    trainer = quiet_trainer(callbacks=callbacks)
+    with (
+        pytest.warns(UserWarning, match="has no state of"),
+        pytest.raises(MisconfigurationException, match="Give each a name"),
+    ):
+        trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_the_logged_seed_is_the_one_of_a_checkpoint_that_is_restored_late(tmp_path):
+    class Late(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    fit(Flat(10), [GradientNoise(seed=7), SaveAt(tmp_path / "last.ckpt", 2)])
+    logger = CSVLogger(tmp_path / "logs", name="", version="")
+    trainer = quiet_trainer(callbacks=[GradientNoise(), SaveAt("", 0)], strategy=Late("cpu"), logger=logger)
+    trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "last.ckpt")
+    assert logger.experiment.hparams["gradient_noise_seed"] == 7

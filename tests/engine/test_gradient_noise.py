@@ -437,3 +437,110 @@ def test_gradients_of_other_layouts_are_refused_before_any_noise_is_added():
     with pytest.raises(TypeError, match="dense or sparse COO gradient, got one of layout torch.sparse_csr"):
         optimizer.step()
     assert not dense.grad.any()
+
+
+def test_sparse_gradients_without_any_row_count_as_a_step():
+    embedding = nn.Embedding(10, 4, sparse=True, padding_idx=0)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    embedding(torch.zeros(3, dtype=torch.long)).sum().backward()
+    before = embedding.weight.detach().clone()
+    optimizer.step()
+    assert handle.step == 1
+    assert torch.equal(embedding.weight, before)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 0.5), (2.0, 0.0), (1.0, 0.5)])
+def test_relative_noise_has_the_scale_of_its_group(scales):
+    parameters = [nn.Parameter(torch.zeros(20_000)) for _ in scales]
+    groups = [{"params": [p], "noise_scale": scale} for p, scale in zip(parameters, scales, strict=True)]
+    optimizer = SpySGD(groups)
+    handle = add_gradient_noise(optimizer, Constant(0.1), relative=True)
+    for size, parameter in zip((1.0, 7.0), parameters, strict=True):
+        parameter.grad = torch.full((20_000,), size)
+    optimizer.step()
+    rms = 1.0 if not scales[1] else 5.0  # sqrt((1 + 49) / 2); a group without noise doesn't count
+    assert handle.std == pytest.approx(0.1 * rms)
+    for gradient, scale in zip(optimizer.seen[0], scales, strict=True):
+        assert gradient.std().item() == pytest.approx(0.1 * rms * scale, rel=0.02)
+
+
+@pytest.mark.parametrize("closure", [None, lambda: None])
+def test_every_noise_of_an_optimizer_is_relative_to_the_gradient_without_any(closure):
+    weight = nn.Parameter(torch.zeros(10_000))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    loud = add_gradient_noise(optimizer, Constant(1.0), stream=0)
+    relative = add_gradient_noise(optimizer, Constant(1.0), stream=1, relative=True)
+    relative.measuring = loud.measuring = True
+    weight.grad = torch.full_like(weight, 0.001)
+    optimizer.step(closure)
+    assert relative.std == pytest.approx(0.001, rel=1e-5)
+    assert relative.grad_norm.item() == loud.grad_norm.item() == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
+def test_names_are_those_of_the_model_under_any_wrapping(wrap):
+    def noise(wrapped, named):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        outer = wrap(model) if wrapped else model
+        parameters = outer.named_parameters() if named else outer.parameters()
+        optimizer = SpySGD(parameters)
+        add_gradient_noise(optimizer, Constant(1.0), model=None if named else outer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return optimizer.seen[0]
+
+    expected = noise(wrapped=False, named=False)
+    assert all_equal(noise(wrapped=True, named=False), expected)
+    assert all_equal(noise(wrapped=True, named=True), expected)
+
+
+def test_names_that_are_equal_without_wrappers_get_noise_each():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(50))
+            self._checkpoint_wrapped_module = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(50))})
+
+    model = Odd()
+    optimizer = SpySGD(model.parameters())
+    add_gradient_noise(optimizer, Constant(1.0), model=model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    first, second = optimizer.seen[0]
+    assert first.count_nonzero() == second.count_nonzero() == 50
+    assert not torch.equal(first, second)
+
+
+def test_a_step_in_inference_mode_leaves_later_ones_alone():
+    (w,), optimizer = zero_gradient_sgd(100)
+    add_gradient_noise(optimizer, Constant(1.0))
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    assert w.count_nonzero() == 100
+
+
+@pytest.mark.parametrize("step", [np.int64(5), torch.tensor(5)])
+def test_state_of_other_integer_types_means_the_same(step):
+    def noise(step):
+        (w,), optimizer = zero_gradient_sgd(100)
+        handle = add_gradient_noise(optimizer, Constant(1.0))
+        handle.load_state_dict({"seed": step, "stream": step, "step": step})
+        optimizer.step()
+        return w.detach()
+
+    assert torch.equal(noise(step), noise(5))
+
+
+def test_a_schedule_is_asked_once_per_step():
+    steps = []
+    groups = [{"params": [nn.Parameter(torch.zeros(3))]} for _ in range(4)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    add_gradient_noise(optimizer, lambda t: float(steps.append(t) or 1.0))
+    groups[0]["params"][0].grad = torch.zeros(3)
+    for _ in range(2):
+        optimizer.step()
+    assert steps == [0, 1]

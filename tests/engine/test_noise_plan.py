@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_noisy.engine.noise_plan import _MOST_KEPT, _SMALL, NoisePlan, _Batch, _strides, _windows
+from lightning_noisy.engine.noise_plan import _MOST_KEPT, _SMALL, NoisePlan, _Batch, _strides, _windows, total_norm
 from lightning_noisy.functional.gaussian import Sampler, add_gaussian_, stream_key, substream
 
 BATCH = 2 * Sampler(torch.device("cpu")).pairs
@@ -147,6 +147,22 @@ def test_small_parameters_beyond_what_is_kept_get_their_noise():
         assert torch.equal(parameters[name].grad, reference(name, parameters[name], 1.0))
 
 
+def test_small_parameters_are_drawn_together_whatever_comes_before_them():
+    sizes = {"large": (_MOST_KEPT + 1,)} | {f"small{i}": (100,) for i in range(50)}
+    plan = NoisePlan(parameters_of(sizes))
+    assert [place.parameter.numel() for place in plan._single] == [_MOST_KEPT + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_total_norm_of_many_elements(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [100 * torch.randn(shape, generator=generator) for shape in ((300_001,), (7,), (50, 60))]
+    gradients[2] = gradients[2].t()
+    gradients = [gradient.to(dtype) for gradient in gradients]
+    expected = sum(gradient.double().square().sum().item() for gradient in gradients) ** 0.5
+    assert total_norm(gradients).item() == pytest.approx(expected, rel=1e-5)  # summed in float32
+
+
 @pytest.mark.parametrize("others", [0, 1, 5000])
 def test_noise_does_not_depend_on_the_other_parameters(others):
     parameters = parameters_of({f"other{i}": (i % 100 + 1,) for i in range(others)} | {"a": (100,), "z": (20_000,)})
@@ -170,10 +186,11 @@ def test_every_group_gets_noise_of_its_own_size(stds):
 
 @pytest.mark.parametrize("first", [1, 6, 100_001])
 @pytest.mark.parametrize("size", [5, 20_000, BATCH + 3])
-def test_flat_shards_get_their_part(first, size):
-    parameters = parameters_of({"w": (size,)})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_flat_shards_get_their_part(first, size, dtype):
+    parameters = parameters_of({"w": (size,)}, dtype)
     NoisePlan(parameters, shards={parameters["w"]: first}).add_noise([1.0], ("s",), 0)
-    whole = reference("w", torch.zeros(first + size), 1.0)
+    whole = reference("w", torch.zeros(first + size, dtype=dtype), 1.0)
     assert torch.equal(parameters["w"].grad, whole[first:])
 
 
