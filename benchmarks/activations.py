@@ -1,0 +1,86 @@
+"""The time of the activations, forward and backward, beside what people use otherwise.
+
+    python benchmarks/activations.py
+
+On a batch of shape (128, 64, 32, 32) with two threads on the CPU; medians of rounds in which all of a line have their
+turn; ratios are those of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_noisy.nn import NAH, NReLU, NSwish
+
+SHAPE = (128, 64, 32, 32)
+
+
+def medians(*functions: Callable[[], object], rounds: int) -> list[float]:
+    """Median times in milliseconds of functions that take turns; the first round warms up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(rounds + 1):
+        for function, taken in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if turn:
+                taken.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(taken) for taken in times]
+
+
+def training(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable[[], None]:
+    """A forward and a backward pass."""
+    leaf = x.clone().requires_grad_()
+
+    def run() -> None:
+        leaf.grad = None
+        function(leaf).backward(gradient)
+
+    return run
+
+
+def batch_norm(activation: nn.Module) -> nn.Module:
+    """The usual pair."""
+    return nn.Sequential(nn.BatchNorm2d(SHAPE[1], affine=False), activation)
+
+
+def drawing(x: Tensor) -> Tensor:
+    """The least that noise and a hard tanh take: draw the numbers, and clip."""
+    torch.randn(x.shape)
+    return nn.functional.hardtanh(x)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="times that each has its turn (default: 15)")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(2)
+    x, gradient = torch.randn(SHAPE), torch.randn(SHAPE)
+    pairs = {
+        "NSwish / batch norm and SiLU": (NSwish(), batch_norm(nn.SiLU())),
+        "NReLU / batch norm and ReLU": (NReLU(), batch_norm(nn.ReLU())),
+        "NSwish / SiLU": (NSwish(), nn.SiLU()),
+        "NReLU / ReLU": (NReLU(), nn.ReLU()),
+        "NAH / randn and hard tanh": (NAH(), drawing),
+        "compiled: NSwish / batch norm and SiLU": (torch.compile(NSwish()), torch.compile(batch_norm(nn.SiLU()))),
+        "compiled: NReLU / batch norm and ReLU": (torch.compile(NReLU()), torch.compile(batch_norm(nn.ReLU()))),
+        "compiled: NAH / randn and hard tanh": (torch.compile(NAH()), drawing),
+    }
+    print(f"{'training, ms':<42}{'ours':>8}{'peer':>8}{'ratio':>8}")
+    for name, functions in pairs.items():
+        ours, peer = medians(*(training(function, x, gradient) for function in functions), rounds=rounds)
+        print(f"{name:<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}", flush=True)
+    evaluated = NAH().eval()
+    with torch.no_grad():
+        ours, peer = medians(lambda: evaluated(x), lambda: nn.functional.hardtanh(x), rounds=rounds)
+    print(f"{'evaluation: NAH / hard tanh':<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The sweeps of `functional.fused` against the readable reference: plain torch operations and autograd."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_noisy.functional import fused
+from lightning_noisy.functional.slopes import slope
+from lightning_noisy.nn import NormalizedActivation
+
+FUNCTIONS = [F.relu, nn.ReLU(), F.silu, nn.SiLU(), nn.LeakyReLU(0.2), F.leaky_relu, nn.GELU(), torch.tanh, nn.ELU()]
+IDS = [getattr(function, "__name__", repr(function)) for function in FUNCTIONS]
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Runs a function with the sweeps switched off."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_noisy.functional.fused.takes", lambda x: False)
+            return function(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=IDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_kernels_give_value_and_derivative(function, dtype, tolerance):
+    x = torch.cat([normal(1000, dtype=dtype) * 3, torch.tensor([0.0, -0.0, 30.0, -30.0, 1e4, -1e4], dtype=dtype)])
+    value, derivative = torch.empty_like(x), torch.empty_like(x)
+    fused.kernel_of(function)(x, value, derivative)
+    torch.testing.assert_close(value, function(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(derivative, slope(lambda x: function(x), x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 3 * 2**16 + 7])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_moments_equal_numpy_also_far_from_zero(size, mean):
+    x = normal(size) + mean
+    y = torch.empty_like(x)
+    var_x, mean_y, var_y, gain_prime = fused.moments(fused.kernel_of(F.silu), x, y)
+    wide = x.double().numpy()
+    s = 1 / (1 + np.exp(-wide))
+    expected = wide.var(), (wide * s).mean(), (wide * s).var(), ((s * (1 + wide * (1 - s))) ** 2).mean()
+    np.testing.assert_allclose([var_x, mean_y, var_y, gain_prime], expected, rtol=2e-4 if mean else 1e-5, atol=1e-9)
+
+
+def steps(function, dtype, shape=(16, 6, 5, 5), inplace=False):
+    """Outputs, gradients and state of three training steps, with a shift in the middle that is rejected at first."""
+    torch.manual_seed(0)
+    module = NormalizedActivation(copy.deepcopy(function), max_rejections=1, inplace=inplace).to(dtype)
+    with torch.no_grad():
+        module.alpha.fill_(0.4)
+    found = []
+    for seed, scale, offset in ((0, 1.0, 0.0), (1, 0.9, 0.3), (2, 1.0, -9.0), (3, 1.0, -9.0), (4, 1.1, 0.0)):
+        x = (normal(*shape, dtype=dtype, seed=seed) * scale + offset).requires_grad_()
+        y = module(x * 1.0)
+        module.alpha.grad = None
+        y.backward(normal(*shape, dtype=dtype, seed=seed + 10))
+        found += [y.detach(), x.grad, module.alpha.grad, *(buffer.clone() for buffer in module.buffers())]
+    return found
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=IDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+def test_training_is_that_of_the_reference(function, dtype, tolerance, reference):
+    for mine, expected in zip(steps(function, dtype), reference(steps, function, dtype), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_channels_last_is_that_of_the_reference(reference):
+    def run():
+        module = NormalizedActivation(F.silu)
+        x = normal(8, 6, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+        y = module(x)
+        y.backward(normal(8, 6, 5, 5, seed=1))  # another memory format than the output's
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        return y.detach(), x.grad, module.alpha.grad
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [F.silu, torch.tanh, nn.GELU()])
+def test_second_derivatives(function):
+    module = NormalizedActivation(function).double()
+    module(normal(50, dtype=torch.float64))
+    module.momentum = 1e-12  # the running values stay: they are constants for the derivatives
+    x = normal(6, dtype=torch.float64, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(module, (x,), atol=1e-4)
+    assert torch.autograd.gradgradcheck(module, (x,), atol=1e-4)
+
+
+def test_alpha_alone_or_input_alone_may_need_a_gradient():
+    module, x = NormalizedActivation(F.relu), normal(40)
+    module(x).sum().backward()
+    assert module.alpha.grad is not None
+    module.requires_grad_(False)
+    x.requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_no_more_is_saved_for_backward_than_the_input():
+    saved = []
+    module, x = NormalizedActivation(F.silu), normal(100_000).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        module(x)
+    assert sum(saved) <= 100_000 + 1
+
+
+def test_functions_without_a_kernel_go_the_general_way():
+    assert fused.kernel_of(torch.sin) is None
+    assert fused.kernel_of(nn.GELU(approximate="tanh")) is None
+    assert fused.kernel_of(nn.ELU(0.5)) is None
+
+    class Own(nn.ReLU):
+        pass
+
+    assert fused.kernel_of(Own()) is None
