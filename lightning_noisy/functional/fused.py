@@ -1,20 +1,24 @@
-"""Normalized activations in one sweep over the memory: value, derivative, moments and gradients, a block at a time.
+"""Activations in one sweep over the memory: value, derivative, moments and gradients, a block at a time.
 
-A block stays in the cache while all that is needed of it is computed. On the CPU that is what the time goes into; the
-readable reference is :func:`~lightning_noisy.functional.normalized.normalize_output` with the moments by torch.
+A block stays in the cache while all that is needed of it is computed. On the CPU that is what the time goes into. The
+readable references are :func:`~lightning_noisy.functional.normalized.normalize_output` with the moments by torch, and
+:func:`~lightning_noisy.functional.noisy.output_noise`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Kernel", "flat", "gradients", "kernel_of", "moments", "takes"]
+from lightning_noisy.functional.gaussian import Key, sampler
+
+__all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "takes"]
 
 # Writes the value at x into the second argument and the derivative into the third; 1-dimensional, contiguous.
 Kernel = Callable[[Tensor, Tensor, Tensor], object]
@@ -167,3 +171,105 @@ def gradients(kernel: Kernel, x: Tensor, gradient: Tensor, out: Tensor, scale: f
         derivative.mul_(scale)
         torch.mul(incoming, derivative, out=outgoing)
     return total
+
+
+@dataclass(frozen=True)
+class OutputNoise:
+    r"""NAN and NAH over a clipped line u, for one p: :math:`\phi = u + \alpha \Delta + d \sigma \epsilon`.
+
+    With :math:`T = \tanh(p \Delta / 2) = 2 (\mathrm{sigmoid}(p \Delta) - 1/2)`, and since h saturates above where
+    x > 0 and below where x < 0, :math:`d \sigma = k T |T|` with :math:`k = \mp \mathrm{sgn}(p)\, c / 4`, minus for
+    α > 1. Its derivatives are those of :math:`T |T|`, :math:`|T| (1 - T^2)` times :math:`p \Delta'` and Δ.
+
+    Args:
+        slope: of u.
+        offset: of u.
+        bounds: what u is clipped to.
+        alpha: α.
+        p: p.
+        c: c.
+        half_normal: whether ε = |ξ|.
+    """
+
+    slope: float
+    offset: float
+    bounds: tuple[float, float]
+    alpha: float
+    p: float
+    c: float
+    half_normal: bool
+
+    def _k(self) -> float:
+        return (-1.0 if self.alpha > 1 else 1.0) * math.copysign(1.0, self.p) * self.c / 4
+
+    def _line(self, x: Tensor, out: Tensor) -> Tensor:
+        if (self.slope, self.offset) == (1, 0):
+            return x
+        return torch.mul(x, self.slope, out=out).add_(self.offset)
+
+    def _hard(self, line: Tensor, out: Tensor) -> Tensor:
+        lower, upper = self.bounds
+        return torch.clamp(line, lower, None if upper == math.inf else upper, out=out)
+
+    def _delta(self, line: Tensor, out: Tensor) -> Tensor:
+        return self._hard(line, out).sub_(line)
+
+    def _mean(self, line: Tensor, delta: Tensor, out: Tensor) -> Tensor:
+        if self.alpha == 1:  # exactly h
+            return self._hard(line, out)
+        return torch.add(line, delta, alpha=self.alpha, out=out)
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor, key: Key) -> None:
+        """Write φ into ``y``, and what the backward pass needs, ε |T| (1 - T²), into ``weight``.
+
+        Args:
+            x: float32, contiguous, shape (elements,).
+            y: same shape.
+            weight: same shape.
+            key: of the noise.
+        """
+        draws = sampler()
+        size = 2 * draws.pairs
+        line_, delta_, t_ = (torch.empty(min(size, x.numel())) for _ in range(3))
+        for start in range(0, x.numel(), size):
+            part, value, kept = (tensor[start : start + size] for tensor in (x, y, weight))
+            count = part.numel()
+            line = self._line(part, line_[:count])
+            delta, t = self._delta(line, delta_[:count]), t_[:count]
+            draws.counters_of(start // 2, (count + 1) // 2, key[0], out=draws.counters[: (count + 1) // 2])
+            epsilon = draws.draw((count + 1) // 2, key[1])[:count]
+            torch.tanh(torch.mul(delta, self.p / 2, out=t), out=t)
+            self._mean(line, delta, value)
+            torch.abs(t, out=delta)
+            delta.mul_(epsilon.abs_() if self.half_normal else epsilon)  # |T| ε
+            torch.mul(delta, t, out=kept)
+            value.add_(kept, alpha=self._k() * math.sqrt(2))
+            torch.addcmul(delta, kept, t, value=-1, out=kept)
+
+    def backward(self, x: Tensor, weight: Tensor, gradient: Tensor, out: Tensor) -> float:
+        """Write the gradient of ``x`` into ``out``, and return that of p; arguments as in :meth:`forward`."""
+        k = self._k() * math.sqrt(2)
+        line_, delta_ = (torch.empty(min(_BLOCK, x.numel())) for _ in range(2))
+        total = 0.0
+        for part, kept, incoming, outgoing in _blocks(x, weight, gradient, out):
+            count = part.numel()
+            delta = self._delta(self._line(part, line_[:count]), delta_[:count])
+            torch.mul(incoming, kept, out=outgoing)  # g W
+            total += k * float(torch.dot(outgoing, delta))
+            delta.sign_().abs_().mul_(-self.alpha).add_(1)  # 1 where h doesn't saturate, else 1 - α
+            outgoing.mul_(-self.p * k).addcmul_(incoming, delta)
+            if self.slope != 1:
+                outgoing.mul_(self.slope)
+        return total
+
+    def expectation(self, x: Tensor, y: Tensor) -> None:
+        """Write E[φ] into ``y``; arguments as in :meth:`forward`."""
+        line_, delta_, t_ = (torch.empty(min(_BLOCK, x.numel())) for _ in range(3))
+        for part, value in _blocks(x, y):
+            count = part.numel()
+            line = self._line(part, line_[:count])
+            delta, t = self._delta(line, delta_[:count]), t_[:count]
+            self._mean(line, delta, value)
+            if self.half_normal:
+                torch.tanh(delta.mul_(self.p / 2), out=t)
+                value.addcmul_(t, torch.abs(t, out=delta), value=self._k() * math.sqrt(2 / math.pi))

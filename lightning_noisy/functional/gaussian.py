@@ -176,6 +176,14 @@ def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "c
     return gaussian_at(key, torch.arange(start, max(start, stop), device=device))
 
 
+def sampler() -> Sampler:
+    """The CPU's sampler of this thread, to be used at once."""
+    if "sampler" not in _local.__dict__:
+        _local.sampler = Sampler(torch.device("cpu"))
+    found: Sampler = _local.sampler
+    return found
+
+
 @torch.no_grad()
 def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
     """Standard normal numbers for every element of a tensor, for noise that is drawn anew in each forward pass.
@@ -192,15 +200,12 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
         return erfinv_at((first, second), torch.arange(x.numel(), device=x.device).view(x.shape)) * sqrt(2)
     numbers = torch.empty(x.shape, dtype=torch.float32)
     flat = numbers.view(-1)
-    sampler = _local.__dict__.get("sampler")
-    if sampler is None:
-        sampler = _local.sampler = Sampler(x.device)
-    offset, start = int(first), 0
+    offset, start, draws = int(first), 0, sampler()
     while start < flat.numel():
-        count = min(2 * sampler.pairs, flat.numel() - start)
+        count = min(2 * draws.pairs, flat.numel() - start)
         pairs = (count + 1) // 2
-        sampler.counters_of(start // 2, pairs, offset, out=sampler.counters[:pairs])
-        torch.mul(sampler.draw(pairs, second)[:count], sqrt(2), out=flat[start : start + count])
+        draws.counters_of(start // 2, pairs, offset, out=draws.counters[:pairs])
+        torch.mul(draws.draw(pairs, second)[:count], sqrt(2), out=flat[start : start + count])
         start += count
     return numbers
 

@@ -36,12 +36,14 @@ class HardFunction:
         hard: h, elementwise.
         linear: u, elementwise; equal to h where h doesn't saturate.
         slope: if h clips a straight line, :math:`h(x) = \mathrm{clip}(u(x), a, b)`, the slope of that line.
+        offset: then its value at 0.
         bounds: then (a, b).
     """
 
     hard: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor], Tensor]
     slope: float | None = None
+    offset: float = 0.0
     bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
@@ -55,7 +57,7 @@ def _clip(x: Tensor, slope: float, offset: float, lower: float, upper: float) ->
 
 def _clipped(slope: float, offset: float, lower: float, upper: float) -> HardFunction:
     hard = partial(_clip, slope=slope, offset=offset, lower=lower, upper=upper)  # partial, so that it can be pickled
-    return HardFunction(hard, partial(_line, slope=slope, offset=offset), slope, (lower, upper))
+    return HardFunction(hard, partial(_line, slope=slope, offset=offset), slope, offset, (lower, upper))
 
 
 # The sigmoid's slope at 0 is 1/4, so the hard one saturates at |x| = 2; nn.Hardsigmoid is another function.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy.functional import noisy
+from lightning_noisy.functional import fused, noisy
 from lightning_noisy.functional.gaussian import gaussian_like
 from lightning_noisy.functional.noisy import HARD, HardFunction
 from lightning_noisy.nn.recomputing import is_recomputing
@@ -99,9 +99,13 @@ class NoisyActivation(nn.Module):
         x = input.clone() if self.inplace else input
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            output = self._noisy(x, self._draw(x)) if self.training else self._expected(x)
+            output = self._train(x) if self.training else self._expected(x)
         output = output.to(input.dtype)
         return input.copy_(output) if self.inplace else output
+
+    def _train(self, x: Tensor) -> Tensor:
+        """The output with noise."""
+        return self._noisy(x, self._draw(x, *self._next_key()))
 
     def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
         """The output for noise ``epsilon``."""
@@ -117,13 +121,16 @@ class NoisyActivation(nn.Module):
         p = self.p.to(x.dtype)
         return p if p.numel() == 1 or x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
 
-    def _draw(self, x: Tensor) -> Tensor:
-        """Numbers for each element of ``x``; once more the last ones where checkpointing repeats the pass."""
+    def _next_key(self) -> tuple[Tensor, int]:
+        """The key of this pass's noise; the last one's once more where checkpointing repeats the pass."""
         if not is_recomputing():
             self.noise_state[1] += 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        first = self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW
-        epsilon = gaussian_like(x, first, (rank + 1) * _NEXT_RANK % 2**64).to(x.dtype)
+        return self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW, (rank + 1) * _NEXT_RANK % 2**64
+
+    def _draw(self, x: Tensor, first: Tensor, second: int) -> Tensor:
+        """ε or ξ for each element of ``x``."""
+        epsilon = gaussian_like(x, first, second).to(x.dtype)
         return epsilon.abs() if self.noise == "half-normal" else epsilon
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoisyActivation:
@@ -147,10 +154,33 @@ class _OutputNoise(NoisyActivation):
         super().__init__(function, **options)
         self.alpha = float(alpha)
 
+    def _train(self, x: Tensor) -> Tensor:
+        # Numbers belong to elements in row-major order, so that the memory format doesn't change the noise.
+        sweep = self._sweep(x) if x.is_contiguous() else None
+        if sweep is None:
+            return super()._train(x)
+        first, second = self._next_key()
+        return cast(Tensor, _Fused.apply(x, self.p, self, sweep, (int(first), second)))
+
+    def _sweep(self, x: Tensor) -> fused.OutputNoise | None:
+        """How to compute the output in one sweep, if that can be."""
+        line, p = self.hard_function, self.p
+        if torch.compiler.is_compiling() or line.slope is None or p is None or p.numel() > 1 or not fused.takes(x):
+            return None
+        if x.dtype != torch.float32:
+            return None
+        half_normal = self.noise == "half-normal"
+        return fused.OutputNoise(line.slope, line.offset, line.bounds, self.alpha, p.item(), self.c.item(), half_normal)
+
     def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
         return noisy.output_noise(x, epsilon, self._p(x), self.c, function=self.hard_function, alpha=self.alpha)
 
     def _expected(self, x: Tensor) -> Tensor:
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or self._p(x).requires_grad)
+        if not differentiable and (sweep := self._sweep(x)) is not None:
+            output = torch.empty_like(x)
+            sweep.expectation(fused.flat(x), fused.flat(output))
+            return output
         half_normal = self.noise == "half-normal"
         return noisy.expected_output_noise(
             x, self._p(x), self.c, function=self.hard_function, alpha=self.alpha, half_normal=half_normal
@@ -159,6 +189,36 @@ class _OutputNoise(NoisyActivation):
     def extra_repr(self) -> str:
         """Options as keyword arguments."""
         return f"{super().extra_repr()}, alpha={self.alpha:g}"
+
+
+class _Fused(torch.autograd.Function):
+    """Training forward and backward of NAN and NAH on the CPU, by the sweeps of ``functional.fused``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, p: Tensor, module: _OutputNoise, sweep: fused.OutputNoise, key: tuple[int, int]
+    ) -> Tensor:
+        """Draw the noise and compute the output."""
+        output, weight = torch.empty_like(x), torch.empty_like(x)
+        sweep.forward(fused.flat(x), fused.flat(output), fused.flat(weight), key)
+        ctx.save_for_backward(x, p, weight)
+        ctx.module, ctx.sweep, ctx.key = module, sweep, key
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input and p."""
+        x, p, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # for a second derivative: what autograd can differentiate once more
+            epsilon = ctx.module._draw(x, torch.tensor(ctx.key[0]), ctx.key[1])
+            y = noisy.output_noise(x, epsilon, p, ctx.sweep.c, function=ctx.module.hard_function, alpha=ctx.sweep.alpha)
+            inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
+            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+            return (*(next(found) if wanted else None for wanted in needed), None, None, None)
+        gradient, result = gradient.contiguous(), torch.empty_like(x)
+        total = ctx.sweep.backward(fused.flat(x), fused.flat(weight), fused.flat(gradient), fused.flat(result))
+        return result, torch.full_like(p, total), None, None, None
 
 
 class NAN(_OutputNoise):

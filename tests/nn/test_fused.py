@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_noisy.functional import fused
 from lightning_noisy.functional.slopes import slope
-from lightning_noisy.nn import NormalizedActivation
+from lightning_noisy.nn import NAH, NAN, NANI, NANIL, NANIS, NormalizedActivation
 
 FUNCTIONS = [F.relu, nn.ReLU(), F.silu, nn.SiLU(), nn.LeakyReLU(0.2), F.leaky_relu, nn.GELU(), torch.tanh, nn.ELU()]
 IDS = [getattr(function, "__name__", repr(function)) for function in FUNCTIONS]
@@ -127,3 +127,89 @@ def test_functions_without_a_kernel_go_the_general_way():
         pass
 
     assert fused.kernel_of(Own()) is None
+
+
+def noisy_steps(cls, function, alpha, p, size):
+    """Outputs and gradients of two training steps, and the evaluation output after them."""
+    torch.manual_seed(0)
+    module = cls(function, alpha=alpha, c=2.0)
+    with torch.no_grad():
+        module.p.fill_(p)
+    found = []
+    for seed in (0, 1):
+        x = (3 * normal(size, seed=seed)).requires_grad_()
+        module.p.grad = None
+        y = module(x * 1.0)
+        y.backward(normal(size, seed=seed + 10))
+        found += [y.detach(), x.grad, module.p.grad / size**0.5]
+    with torch.no_grad():
+        return [*found, module.eval()(3 * normal(size))]
+
+
+@pytest.mark.parametrize("function", ["tanh", "sigmoid", "relu"])
+@pytest.mark.parametrize("cls", [NAN, NAH])
+@pytest.mark.parametrize(("alpha", "p"), [(1.15, 0.8), (0.9, 0.8), (1.0, -0.6), (1.15, -0.6), (1.15, 0.0)])
+@pytest.mark.parametrize("size", [1001, 2**17 + 3])
+def test_noisy_training_is_that_of_the_reference(cls, function, alpha, p, size, reference):
+    arguments = cls, function, alpha, p, size
+    for mine, expected in zip(noisy_steps(*arguments), reference(noisy_steps, *arguments), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noisy_second_derivatives_are_those_of_the_reference(reference):
+    def run():
+        torch.manual_seed(0)
+        module = NAH(c=2.0)
+        x = (3 * normal(50)).requires_grad_()
+        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, module.p])
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noisy_saves_no_more_for_backward_than_input_and_output():
+    saved = []
+    module, x = NAH(), normal(100_000).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        module(x)
+    assert sum(saved) <= 2 * 100_000 + 1
+
+
+def test_noise_does_not_touch_the_global_random_state():
+    module, before = NAH(), torch.get_rng_state()
+    module(normal(1000))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cls", [NAN, NAH, NANI, NANIL, NANIS])
+def test_evaluation_is_the_mean_of_a_million_draws(cls):
+    torch.manual_seed(1)
+    module = cls(c=1.0)
+    points = torch.tensor([-3.0, -1.2, -1.0, -0.4, 0.0, 0.7, 1.1, 2.5])
+    with torch.no_grad():
+        draws = module(points.repeat(1_000_000, 1)).double()
+        expected = module.eval()(points).double()
+    error = draws.std(0) / 1000
+    assert ((draws.mean(0) - expected).abs() <= 4.5 * error + 1e-6).all()
+
+
+def test_noise_is_new_in_each_pass_and_for_each_module_and_element():
+    module, x = NANI(c=0.1), torch.zeros(50_000)
+    with torch.no_grad():
+        draws = torch.stack([module(x), module(x), NANI(c=0.1)(x)]).double().numpy()
+    assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 4.5 / 50_000**0.5
+    assert abs(np.corrcoef(draws[0, :-1], draws[0, 1:])[0, 1]) < 4.5 / 50_000**0.5
+    np.testing.assert_allclose(draws.std(1), 0.1, rtol=0.015)
+
+
+def test_without_noise_a_run_with_dropout_is_the_noiseless_one():
+    def run(activation):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), activation, nn.Dropout(), nn.Linear(8, 2))
+        torch.manual_seed(1)
+        return model(normal(16, 8)).detach()
+
+    silent = NAN(c=0.0, alpha=1.0)
+    assert torch.equal(run(silent), run(nn.Hardtanh()))
+    assert torch.equal(silent.eval()(normal(50)), nn.functional.hardtanh(normal(50)))
