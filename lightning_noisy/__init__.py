@@ -5,6 +5,7 @@ from lightning_noisy import metrics as metrics
 from lightning_noisy import nn as nn
 from lightning_noisy import schedules as schedules
 from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise
+from lightning_noisy.engine.fold import fold_normalization
 from lightning_noisy.engine.gradient_noise import add_gradient_noise
 from lightning_noisy.engine.replace import replace_activations
 from lightning_noisy.engine.sites import activation_sites
@@ -18,5 +19,6 @@ __all__ = [
     "GradientNoise",
     "activation_sites",
     "add_gradient_noise",
+    "fold_normalization",
     "replace_activations",
 ]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_noisy.functional.gaussian import Key, sampler
 
-__all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "takes"]
+__all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "rescale_", "takes"]
 
 # Writes the value at x into the second argument and the derivative into the third; 1-dimensional, contiguous.
 Kernel = Callable[[Tensor, Tensor, Tensor], object]
@@ -146,6 +146,12 @@ def moments(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float, float, 
         sums[4] += float(torch.dot(derivative, derivative))
     first_x, second_x, first_y, second_y, slopes = (total / count for total in sums)
     return second_x - first_x**2, origin_y + first_y, second_y - first_y**2, slopes
+
+
+def rescale_(y: Tensor, scale: float, shift: float) -> None:
+    """``scale * (y - shift)`` in place; ``y`` of shape (elements,)."""
+    for (part,) in _blocks(y):
+        part.sub_(shift).mul_(scale)
 
 
 def gradients(kernel: Kernel, x: Tensor, gradient: Tensor, out: Tensor, scale: float, shift: float) -> float:

@@ -254,7 +254,8 @@ class _Fused(torch.autograd.Function):
         ctx.tanh = math.tanh(float(alpha))
         ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + 0.3 * ctx.tanh
         ctx.save_for_backward(x, alpha)
-        return output.sub_(ctx.shift).mul_(ctx.scale)
+        fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -1,0 +1,234 @@
+"""Taking normalization out of a trained model: its scale and shift go into the layers that follow."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_noisy.nn import registry
+from lightning_noisy.nn.normalized import NormalizedActivation
+
+__all__ = ["fold_normalization"]
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+# What moves numbers about without changing them: one scale and one shift for all commute with it.
+_MOVES = {
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
+    torch.dropout,
+    Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous, Tensor.squeeze,
+    Tensor.unsqueeze, Tensor.t,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
+    r"""Make the normalized activations of a trained model plain again, in place, with the same output in evaluation.
+
+    In evaluation :math:`\hat\delta(x) = s (\delta(x) - \mu)` has constants, and a linear layer or convolution W, b that
+    follows can have them: :math:`W' = s W`, :math:`b' = b - s \mu W 1`. A layer without a bias gets one. One forward
+    pass with the example inputs shows what follows; dropout, reshaping and transposing may come in between. An
+    activation stays where that would not be exact: it or the layer is used several times or otherwise (a branch, the
+    model's output), the layer pads with zeros, the weight is shared. The model is for inference then.
+
+    Args:
+        model: the model; its training flags are kept.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of its forward.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        RuntimeError: if the output is another one afterwards; the model is as before then.
+
+    Warns:
+        UserWarning: names the activations that stay, with the reasons.
+
+    >>> from lightning_noisy import replace_activations
+    >>> model = replace_activations(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), "nrelu")
+    >>> _ = model(torch.randn(100, 4))
+    >>> fold_normalization(model, torch.randn(1, 4))
+    Sequential(
+      (0): Linear(in_features=4, out_features=8, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=8, out_features=2, bias=True)
+    )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}.")
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        uses = _Uses(model)
+        before = uses.watch(model, example_inputs)
+        plans = {name: uses.plan(name) for name in uses.sites}
+        undo = [_fold(model, name, layers, training) for name, layers in plans.items() if not isinstance(layers, str)]
+        after = _call(model, example_inputs)
+        if not _close(before, after):
+            for restore in reversed(undo):
+                for module, attribute, value in restore:
+                    module._parameters.pop(attribute, None)
+                    setattr(module, attribute, value)
+            raise RuntimeError("Folding would change the output: the model does what one forward pass doesn't show.")
+    finally:
+        for each, flag in training.items():
+            each.training = flag
+    stay = [f"{name or '(root)'} ({reason})" for name, reason in plans.items() if isinstance(reason, str)]
+    if stay:
+        warnings.warn(f"These activations stay normalized: {', '.join(stay)}.", UserWarning, stacklevel=2)
+    return model
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _close(before: Any, after: Any) -> bool:
+    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * float(a.abs().amax() if a.numel() else 0))
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.is_floating_point()
+    )
+
+
+class _Uses(TorchFunctionMode):
+    """Observes what becomes of the outputs of a model's normalized activations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sites = {n: m for n, m in model.named_modules() if isinstance(m, NormalizedActivation)}
+        self._layers: dict[str, list[nn.Module]] = {name: [] for name in self.sites}
+        self._reasons: dict[str, str] = {}
+        self._calls: dict[nn.Module, int] = {}
+        self._origin: dict[int, str] = {}
+        self._alive: list[Tensor] = []
+        self._stack: list[nn.Module] = []
+        self._owners: dict[nn.Parameter, int] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners[parameter] = self._owners.get(parameter, 0) + 1
+        registrations = [m for _, m in model.named_modules(remove_duplicate=False)]
+        for name, site in self.sites.items():
+            if registrations.count(site) > 1:
+                self._reasons[name] = "it is registered several times"
+
+    def watch(self, model: nn.Module, inputs: Any) -> Any:
+        """Run the model once, and return its output."""
+        with ExitStack() as stack:
+            for name, site in self.sites.items():
+                handle = site.register_forward_hook(lambda _, __, output, name=name: self._follow(output, name))
+                stack.callback(handle.remove)
+            for layer in (m for m in model.modules() if isinstance(m, _LAYERS)):
+                stack.callback(layer.register_forward_pre_hook(self._enter).remove)
+                stack.callback(layer.register_forward_hook(self._leave).remove)
+            with self:
+                output = _call(model, inputs)
+        for leaf in tree_leaves(output):
+            if (name := self._origin.get(id(leaf))) is not None:
+                self._reasons.setdefault(name, "it is an output of the model")
+        return output
+
+    def _follow(self, output: Tensor, name: str) -> None:
+        site = self.sites[name]
+        self._calls[site] = self._calls.get(site, 0) + 1
+        self._origin[id(output)] = name
+        self._alive.append(output)  # so that its id is not used again
+
+    def _enter(self, layer: nn.Module, _: Any) -> None:
+        self._calls[layer] = self._calls.get(layer, 0) + 1
+        self._stack.append(layer)
+
+    def _leave(self, *_: Any) -> None:
+        self._stack.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        names = {n for leaf in tree_leaves((args, kwargs)) if (n := self._origin.get(id(leaf))) is not None}
+        for name in names if isinstance(result, Tensor) or not hasattr(func, "__self__") else ():
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+                continue  # a shape, a dtype
+            if func in _MOVES and isinstance(result, Tensor):
+                self._origin[id(result)] = name
+                self._alive.append(result)
+            elif func in _CALLS and self._stack and self._origin.get(id(args[0])) == name:
+                self._layers[name].append(self._stack[-1])
+            else:
+                self._reasons.setdefault(name, f"{getattr(func, '__name__', func)} uses it, too")
+        return result
+
+    def plan(self, name: str) -> list[nn.Module] | str:
+        """The layers that take in the site's constants, or why none can."""
+        site, layers = self.sites[name], self._layers[name]
+        if self._calls.get(site, 0) > 1:
+            return "it is called several times"
+        if name in self._reasons:
+            return self._reasons[name]
+        if name == "" or not layers:
+            return "no linear layer or convolution follows"
+        if _plain(site) is None:
+            return f"{site.function!r} is no module"
+        for layer in layers:
+            weight = layer._parameters.get("weight")
+            if type(layer) not in _LAYERS or weight is None:
+                return f"{type(layer).__name__} is not a plain layer"
+            if self._calls[layer] > 1 or self._owners[weight] > 1:
+                return "the next layer's weight is used elsewhere, too"
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (
+                isinstance(layer.padding, str) or any(layer.padding)
+            ):
+                return "the next convolution pads with zeros"
+        return layers
+
+
+def _plain(site: NormalizedActivation) -> nn.Module | None:
+    """The plain activation as a module."""
+    if isinstance(site.function, nn.Module):
+        module = copy.copy(site.function)
+    else:
+        name = registry.function_name(site)
+        if name not in registry.PLAIN or getattr(F, name, None) is not site.function:
+            return None
+        module = registry.PLAIN[name]()
+    if site.inplace:
+        if not hasattr(module, "inplace"):
+            return None
+        module.inplace = True  # type: ignore[assignment]
+    return module
+
+
+def _fold(
+    model: nn.Module, name: str, layers: list[nn.Module], training: dict[nn.Module, bool]
+) -> list[tuple[nn.Module, str, Any]]:
+    """Fold one site into its layers; what to set to undo it."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner, site = model.get_submodule(owner_name), model.get_submodule(name)
+    assert isinstance(site, NormalizedActivation)
+    scale, shift = site.scale.double(), site.shift.double()
+    undo: list[tuple[nn.Module, str, Any]] = [(owner, attribute, site)]
+    for layer in layers:
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        assert weight is not None
+        undo += [(layer, "weight", weight), (layer, "bias", bias)]
+        wide = weight.double() * scale
+        moved = -shift * wide.flatten(1).sum(1) + (0 if bias is None else bias.double())
+        for key, value, like in (("weight", wide, weight), ("bias", moved, weight if bias is None else bias)):
+            setattr(layer, key, nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad))
+    plain = _plain(site)
+    assert plain is not None
+    training[plain] = training[site]
+    setattr(owner, attribute, plain)
+    return undo

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_noisy import fold_normalization, replace_activations
+from lightning_noisy.nn import NormalizedActivation
+
+
+def trained(model, x, to="nsw"):
+    """Swapped, with running values and parameters that aren't those of the beginning."""
+    replace_activations(model, to)
+    for scale in (1.0, 2.0):
+        model(scale * x + 0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def left(model):
+    return [name for name, module in model.named_modules() if isinstance(module, NormalizedActivation)]
+
+
+def assert_folds(model, x):
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert fold_normalization(model, x) is model
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert left(model) == []
+
+
+@pytest.mark.parametrize("to", ["nsw", "nrelu", "nlrelu", "normalized"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_take_scale_and_shift(to, bias):
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 16, bias=bias), nn.GELU(), nn.Linear(16, 3)]
+    assert_folds(trained(nn.Sequential(*layers), x, to), x)
+
+
+def test_convolutions_without_padding_and_flattening_in_between():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 9, 9)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3, groups=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(100, 2),
+    )  # fmt: skip
+    model = trained(model, x, "nrelu")
+    assert_folds(model, x)
+    assert [type(model[i]) for i in (1, 3)] == [nn.ReLU, nn.ReLU]
+    assert model[1].inplace
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.twice, self.branch, self.output = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.padded, self.conv = nn.ReLU(), nn.Conv1d(1, 1, 3, padding=1)
+        self.shared_by, self.shared = nn.ReLU(), nn.Linear(4, 4)
+        self.several, self.q, self.k = nn.ReLU(), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.last(self.twice(self.twice(self.first(x))))
+        y = self.branch(x)
+        x = self.shared(self.shared_by(self.shared(y))) + y
+        x = x + self.conv(self.padded(x)[:, None])[:, 0]
+        both = self.several(x)
+        return self.output(torch.cat([self.q(both), self.k(both)], dim=1))
+
+
+def test_what_can_not_be_exact_stays_and_is_named():
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    model = trained(Branches(), x).eval()
+    expected = model(x)
+    with pytest.warns(UserWarning, match="These activations stay normalized") as record:
+        fold_normalization(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(left(model)) == ["branch", "output", "padded", "shared_by", "twice"]
+    message = str(record[0].message)
+    for name, reason in {
+        "twice": "it is called several times",
+        "branch": "add uses it, too",
+        "output": "it is an output of the model",
+        "padded": "getitem",
+        "shared_by": "the next layer's weight is used elsewhere, too",
+    }.items():
+        assert f"{name} (" in message
+        assert reason in message
+
+
+def test_a_padded_convolution_is_named():
+    x = torch.randn(4, 2, 6, 6)
+    model = trained(nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)), x)
+    with pytest.warns(UserWarning, match=r"1 \(the next convolution pads with zeros\)"):
+        fold_normalization(model, x)
+
+
+def test_training_flags_and_the_running_values_stay():
+    x = torch.randn(32, 4)
+    model = trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU()), x).train()
+    before = {name: value.clone() for name, value in model[3].state_dict().items()}
+    with pytest.warns(UserWarning, match="stay normalized: 3"):
+        fold_normalization(model, (x,))
+    assert model.training
+    assert model[1].training
+    assert all(torch.equal(value, before[name]) for name, value in model[3].state_dict().items())
+
+
+def test_a_model_that_does_what_can_not_be_seen_is_left_as_it_was():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False)
+            self.calls = 0
+
+        def forward(self, x):
+            y = self.act(self.first(x))
+            self.calls += 1
+            return self.last(y) * self.calls
+
+    x = torch.randn(32, 4)
+    model = trained(Hidden(), x).eval()
+    model.calls = 1
+    expected = model(x)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="Folding would change the output"):
+        fold_normalization(model, x)
+    model.calls = 1
+    assert torch.equal(model(x), expected)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_only_modules_are_folded():
+    with pytest.raises(TypeError, match="model must be an nn.Module, got 3"):
+        fold_normalization(3, torch.randn(1))
