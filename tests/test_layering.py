@@ -8,7 +8,7 @@ import pytest
 import lightning_noisy
 
 ROOT = Path(lightning_noisy.__file__).parent
-LEVELS = {"functional": 0, "schedules": 0, "nn": 1, "metrics": 2, "engine": 3, "callbacks": 4, "": 5}
+LEVELS = {"functional": 0, "schedules": 0, "nn": 1, "plots": 2, "metrics": 2, "engine": 3, "callbacks": 4, "": 5}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

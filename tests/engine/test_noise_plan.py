@@ -226,6 +226,7 @@ def test_windows_are_the_shards_numbers(shape, offset, size, start):
     assert torch.equal(local, expected)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no distribution without messages")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize(
     ("mesh", "placements"),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_noisy.nn import NormalizedActivation, registry
 
+OLD_TORCH = torch.__version__.startswith("2.6.")
 NOISY = sorted(registry.NOISY)
 NORMALIZED = sorted(registry.NORMALIZED)
 EVERY = [*NOISY, *NORMALIZED, "normalized", "gelu-gpn", "relu-gpn"]
@@ -111,6 +112,8 @@ def test_checkpointing_changes_nothing(name, use_reentrant):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_compiles_once_without_a_break(name):
+    if name == "normalized" and OLD_TORCH:
+        pytest.skip("torch 2.6 can't trace the derivative of any function; those with a closed form it can")
     torch._dynamo.reset()
     module, twin = make(name), make(name)
     counter = torch._dynamo.testing.CompileCounter()
@@ -127,6 +130,7 @@ def test_compiles_once_without_a_break(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # torch 2.6
 @pytest.mark.parametrize("name", ["nah", "nsw", "nrelu"])
 def test_compiled_by_inductor_gives_the_same_outputs_and_gradients(name):
     torch._dynamo.reset()
