@@ -67,6 +67,8 @@ def main() -> None:
         "NReLU / batch norm and ReLU": (NReLU(), batch_norm(nn.ReLU())),
         "NSwish / SiLU": (NSwish(), nn.SiLU()),
         "NReLU / ReLU": (NReLU(), nn.ReLU()),
+        "NSwish(stride=8) / SiLU": (NSwish(stride=8), nn.SiLU()),
+        "NReLU(stride=8) / ReLU": (NReLU(stride=8), nn.ReLU()),
         "NAH / randn and hard tanh": (NAH(), drawing),
         "compiled: NSwish / batch norm and SiLU": (torch.compile(NSwish()), torch.compile(batch_norm(nn.SiLU()))),
         "compiled: NReLU / batch norm and ReLU": (torch.compile(NReLU()), torch.compile(batch_norm(nn.ReLU()))),

@@ -27,7 +27,7 @@ _SMALLEST_GAIN = 1e-6
 class NormalizedActivation(nn.Module):
     r"""An activation scaled and shifted so that signal and gradient keep their variance.
 
-    :math:`\hat\delta(x) = (\lambda + 0.3 \tanh \alpha)\,(\delta(x) - \mu)` with
+    :math:`\hat\delta(x) = (\lambda + \beta \tanh \alpha)\,(\delta(x) - \mu)` with
     :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}` (Eq. 13 and 15), where
     :math:`\rho = \mathrm{Var}[\delta(x)] / \mathrm{Var}[x]` (Eq. 31), :math:`\rho' = E[\delta'(x)^2]`
     (Eq. 6) and :math:`\mu = E[\delta(x)]` are running values over the training batches (Eq. 16-18).
@@ -51,6 +51,9 @@ class NormalizedActivation(nn.Module):
         momentum: m, the weight of a batch in the running values, in (0, 1]. The paper gives no value.
         bounds: (L, U) with 0 <= L < 1 < U. The paper gives no values.
         max_rejections: batches in a row that may be rejected, >= 0.
+        beta: β, how far α can move the factor, >= 0; the paper takes 0.3.
+        learn_alpha: whether α is learned; else it stays at 0, and needs no gradient.
+        stride: take the statistics from every ``stride``-th sample of a batch (dimension 0), >= 1.
         inplace: write the result into the input, as the activation that this one replaces did. It costs
             a copy of the input.
         device: device of the parameter and the buffers.
@@ -92,6 +95,9 @@ class NormalizedActivation(nn.Module):
         momentum: float = 0.1,
         bounds: tuple[float, float] = (0.2, 5.0),
         max_rejections: int = 10,
+        beta: float = 0.3,
+        learn_alpha: bool = True,
+        stride: int = 1,
         inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -107,12 +113,19 @@ class NormalizedActivation(nn.Module):
             raise ValueError(f"bounds must be (L, U) with 0 <= L < 1 < U, got {bounds!r}.")
         if max_rejections < 0:
             raise ValueError(f"max_rejections must be >= 0, got {max_rejections!r}.")
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"beta must be a finite number >= 0, got {beta!r}.")
+        if not isinstance(stride, int) or stride < 1:
+            raise ValueError(f"stride must be an integer >= 1, got {stride!r}.")
         self.function = function
+        self.beta = float(beta)
+        self.learn_alpha = learn_alpha
+        self.stride = stride
         self.momentum = momentum
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.max_rejections = max_rejections
         self.inplace = inplace
-        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # 1-d: FSDP shards it
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype), requires_grad=learn_alpha)  # 1-d for FSDP
         for name in ("running_mean", "running_rho", "running_rho_prime"):
             self.register_buffer(name, torch.empty((), dtype=torch.float32, device=device))
         for name in ("num_batches_tracked", "num_rejected"):
@@ -129,9 +142,9 @@ class NormalizedActivation(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """λ + f(α) with f(α) = 0.3 tanh α, 0-dimensional."""
+        """λ + f(α) with f(α) = β tanh α, 0-dimensional."""
         factor = normalization_factor(self.running_rho, self.running_rho_prime)
-        return factor + 0.3 * torch.tanh(self.alpha.squeeze())
+        return factor + self.beta * torch.tanh(self.alpha.squeeze())
 
     @property
     def shift(self) -> Tensor:
@@ -165,6 +178,8 @@ class NormalizedActivation(nn.Module):
             or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
         ):
             return
+        if self.stride > 1 and x.dim():
+            x, y = x[:: self.stride], y[:: self.stride]
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             x, y = x.to(wide), y.to(wide)
@@ -236,6 +251,9 @@ class NormalizedActivation(nn.Module):
             f"bounds={self.bounds}",
             f"max_rejections={self.max_rejections}",
         ]
+        options += [f"beta={self.beta}"] if self.beta != 0.3 else []
+        options += ["learn_alpha=False"] if not self.learn_alpha else []
+        options += [f"stride={self.stride}"] if self.stride != 1 else []
         return ", ".join(function + options + (["inplace=True"] if self.inplace else []))
 
 
@@ -245,14 +263,21 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, kernel: fused.Kernel) -> Tensor:
         """Compute the output, and update the running values before."""
-        output = torch.empty_like(x)
-        var_x, mean, var, gain_prime = fused.moments(kernel, fused.flat(x), fused.flat(output))
+        if strided := module.stride > 1 and x.dim() > 0:
+            output = module.function(x)
+            sample = x[:: module.stride].contiguous()
+            values = torch.empty_like(sample)
+        else:
+            output = torch.empty_like(x)
+            sample, values = x, output
+        if not strided or module._is_tracking():
+            var_x, mean, var, gain_prime = fused.moments(kernel, fused.flat(sample), fused.flat(values))
         if module._is_tracking():
             module._update_on_cpu(mean, var / var_x if var_x > 0 else math.nan, gain_prime)
         rho, rho_prime = float(module.running_rho), float(module.running_rho_prime)
         ctx.module, ctx.kernel, ctx.shift = module, kernel, float(module.running_mean)
         ctx.tanh = math.tanh(float(alpha))
-        ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + 0.3 * ctx.tanh
+        ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + module.beta * ctx.tanh
         ctx.save_for_backward(x, alpha)
         fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)
         return output
@@ -262,8 +287,9 @@ class _Fused(torch.autograd.Function):
         """Gradients of input and α; the running values are constants."""
         x, alpha = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative: what autograd can differentiate once more
-            factor = ctx.scale - 0.3 * ctx.tanh
-            y = (factor + 0.3 * torch.tanh(alpha.squeeze()).to(x.dtype)) * (ctx.module.function(x) - ctx.shift)
+            beta = ctx.module.beta
+            factor = ctx.scale - beta * ctx.tanh
+            y = (factor + beta * torch.tanh(alpha.squeeze()).to(x.dtype)) * (ctx.module.function(x) - ctx.shift)
             inputs = [tensor for tensor, needed in zip((x, alpha), ctx.needs_input_grad[:2], strict=True) if needed]
             found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None)  # type: ignore[return-value]
@@ -274,7 +300,7 @@ class _Fused(torch.autograd.Function):
             total = fused.gradients(
                 ctx.kernel, fused.flat(x), fused.flat(gradient), fused.flat(result), ctx.scale, ctx.shift
             )
-        return result, torch.full_like(alpha, total * 0.3 * (1 - ctx.tanh**2)), None, None
+        return result, torch.full_like(alpha, total * ctx.module.beta * (1 - ctx.tanh**2)), None, None
 
 
 class NReLU(NormalizedActivation):

@@ -77,6 +77,56 @@ def test_training_is_that_of_the_reference(function, dtype, tolerance, reference
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("sweeps", [True, False])
+@pytest.mark.parametrize("shape", [(20, 6, 3, 3), (2, 40), (40,)])
+def test_strided_statistics_are_those_of_every_nth_sample(sweeps, shape, reference):
+    def run():
+        strided, plain = NormalizedActivation(F.silu, stride=4), NormalizedActivation(F.silu)
+        x = normal(*shape).requires_grad_()
+        plain(x[::4])
+        y = strided(x)
+        y.sum().backward()
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(strided.get_buffer(name), buffer)
+        torch.testing.assert_close(y, plain.eval()(x))
+        torch.testing.assert_close(x.grad, plain.scale.detach() * slope(F.silu, x.detach()))
+
+    run() if sweeps else reference(run)
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_beta_bounds_what_alpha_does_and_alpha_need_not_learn(sweeps, reference):
+    def run():
+        module, x = NormalizedActivation(F.relu, beta=0.5), normal(30)
+        module(x)
+        factor = module.scale.item()
+        with torch.no_grad():
+            module.alpha.fill_(50.0)
+        assert module.scale.item() == pytest.approx(factor + 0.5)
+        module.momentum = 1e-9
+        module(x).sum().backward()
+        assert module.alpha.grad.item() == pytest.approx(0.0, abs=1e-6)  # tanh is flat there
+        with torch.no_grad():
+            module.alpha.fill_(0.0)
+        module.alpha.grad = None
+        y = module(x)
+        y.sum().backward()
+        expected = 0.5 * (F.relu(x) - module.shift).sum().item()
+        assert module.alpha.grad.item() == pytest.approx(expected, abs=1e-4)
+        assert not NormalizedActivation(F.relu, learn_alpha=False).alpha.requires_grad
+
+    run() if sweeps else reference(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"beta": -1}, "beta must be a finite number >= 0, got -1"), ({"stride": 0}, "stride must be an integer >= 1")],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NormalizedActivation(F.relu, **options)
+
+
 def test_channels_last_is_that_of_the_reference(reference):
     def run():
         module = NormalizedActivation(F.silu)
