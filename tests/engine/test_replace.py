@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_noisy import activation_sites, replace_activations
-from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
+from lightning_noisy.nn import NAH, NAN, NormalizedActivation, NReLU, NSwish
 
 
 def mlp(activation=nn.ReLU):
@@ -380,3 +380,44 @@ def test_sites_are_listed_in_order_without_a_change():
 def test_sites_do_not_look_into_activations():
     model = replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), "normalized")
     assert [(s.name, s.function) for s in activation_sites(model)] == [("1", "gelu")]
+
+
+def test_noisy_names_go_to_saturating_sites_each_with_its_own_hard_function():
+    layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)]
+    model = nn.Sequential(*layers, nn.Sigmoid())
+    replace_activations(model, "nah(alpha=1.1, c=2)")
+    assert [type(layer) for layer in model[1::2]] == [NAH, NAH, nn.GELU, nn.Sigmoid]
+    assert [layer.function_name for layer in (model[1], model[3])] == ["tanh", "relu"]
+    assert (model[1].alpha, model[1].c.item()) == (1.1, 2.0)
+    before = list(model)
+    replace_activations(model, "nah(alpha=1.1, c=2)")
+    assert all(now is then for now, then in zip(model, before, strict=True))
+    replace_activations(model, {"sigmoid": "nan"})
+    assert (type(model[7]), model[7].function_name) == (NAN, "sigmoid")
+
+
+def test_noisy_names_find_nothing_in_a_model_that_does_not_saturate():
+    with pytest.warns(UserWarning, match=r"replaced nothing. Found 1 \(gelu\)"):
+        replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), "nah")
+
+
+def test_a_noisy_model_trains_and_resumes_its_noise():
+    def made():
+        torch.manual_seed(0)
+        return replace_activations(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), "nan(c=30)")
+
+    def train(model, steps):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(torch.ones(16, 4)) - 1).square().mean().backward()
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    straight, half = made(), made()
+    expected = train(straight, 4)
+    train(half, 2)
+    resumed = made()
+    resumed.load_state_dict(half.state_dict())
+    found = train(resumed, 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

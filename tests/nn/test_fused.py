@@ -263,3 +263,14 @@ def test_without_noise_a_run_with_dropout_is_the_noiseless_one():
     silent = NAN(c=0.0, alpha=1.0)
     assert torch.equal(run(silent), run(nn.Hardtanh()))
     assert torch.equal(silent.eval()(normal(50)), nn.functional.hardtanh(normal(50)))
+
+
+def test_ranks_draw_different_noise(monkeypatch):
+    def draw(rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        torch.manual_seed(0)
+        return NANI(c=0.1)(torch.zeros(20_000)).detach().numpy()
+
+    assert abs(np.corrcoef(draw(0), draw(1))[0, 1]) < 4.5 / 20_000**0.5
+    np.testing.assert_array_equal(draw(1), draw(1))
