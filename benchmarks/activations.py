@@ -9,28 +9,15 @@ turn; ratios are those of the medians.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from timing import medians
 from torch import Tensor, nn
 
 from lightning_noisy.nn import NAH, NReLU, NSwish
 
 SHAPE = (128, 64, 32, 32)
-
-
-def medians(*functions: Callable[[], object], rounds: int) -> list[float]:
-    """Median times in milliseconds of functions that take turns; the first round warms up."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(rounds + 1):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:
-                taken.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(taken) for taken in times]
 
 
 def training(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable[[], None]:
@@ -76,11 +63,12 @@ def main() -> None:
     }
     print(f"{'training, ms':<42}{'ours':>8}{'peer':>8}{'ratio':>8}")
     for name, functions in pairs.items():
-        ours, peer = medians(*(training(function, x, gradient) for function in functions), rounds=rounds)
+        ours, peer = (1e3 * t for t in medians(*(training(f, x, gradient) for f in functions), rounds=rounds))
         print(f"{name:<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}", flush=True)
     evaluated = NAH().eval()
     with torch.no_grad():
-        ours, peer = medians(lambda: evaluated(x), lambda: nn.functional.hardtanh(x), rounds=rounds)
+        times = medians(lambda: evaluated(x), lambda: nn.functional.hardtanh(x), rounds=rounds)
+    ours, peer = (1e3 * seconds for seconds in times)
     print(f"{'evaluation: NAH / hard tanh':<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}")
 
 

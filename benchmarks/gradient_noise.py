@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
+from timing import medians
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
@@ -56,18 +55,6 @@ def one_line(parameters: dict[str, nn.Parameter], std: float) -> None:
     """The peer."""
     for parameter in parameters.values():
         parameter.grad.add_(torch.randn_like(parameter.grad) * std)
-
-
-def medians(*functions: Callable[[], object], rounds: int) -> list[float]:
-    """Median times of functions that take turns; the first round warms up."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(rounds + 1):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
 
 
 def peak_mib() -> float:

@@ -7,7 +7,6 @@ from helpers import SpySGD, all_equal, zero_gradient_sgd
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
-from lightning_noisy.functional.gaussian import add_gaussian_, stream_key, substream
 from lightning_noisy.schedules import Constant, FollowLR, InverseDecay, Langevin, Warmup
 
 
@@ -20,21 +19,6 @@ def test_noise_has_the_standard_deviation_of_the_schedule():
     # A standard error is 0.0016 of sigma. With eta as sigma the ratio would be 0.55.
     for t, std in ((0, 0.3**0.5), (1, 0.45266548), (99, 0.15436919)):
         assert optimizer.seen[t][0].std().item() == pytest.approx(std, rel=0.006)
-
-
-def test_noise_is_the_documented_function_of_seed_stream_name_and_step():
-    model = nn.ModuleDict({"large": nn.Linear(300, 200), "b": nn.Linear(4, 3), "a": nn.Linear(4, 3)})
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    handle = add_gradient_noise(optimizer, Constant(0.5), seed=3, stream="x", model=model)
-    handle.load_state_dict({"seed": 3, "stream": "x", "step": 11})
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    key = stream_key(3, "x", 11)
-    for name, parameter in model.named_parameters():
-        expected = add_gaussian_(torch.zeros_like(parameter), 0.5, substream(key, name))
-        assert torch.equal(-parameter.detach(), expected)
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"stream": 1}])
@@ -78,57 +62,6 @@ def test_noise_is_white_between_elements_steps_parameters_streams_and_seeds():
     assert abs(whole.mean()) < 4 * unit
     assert abs(whole.var() - 1) < 4 * 2**0.5 * unit
     assert abs((whole**4).mean() / whole.var() ** 2 - 3) < 4 * 24**0.5 * unit
-
-
-def test_noise_uses_the_optimizers_own_parameter_names_first():
-    named = nn.Linear(4, 4)
-    optimizers = [
-        torch.optim.SGD(named.named_parameters(), lr=1.0),
-        torch.optim.SGD(named.parameters(), lr=1.0),
-    ]
-    results = []
-    for optimizer, model in zip(optimizers, (None, named), strict=True):
-        nn.init.zeros_(named.weight)
-        named.weight.grad = torch.zeros_like(named.weight)
-        with add_gradient_noise(optimizer, Constant(1.0), model=model):
-            optimizer.step()
-        results.append(named.weight.detach().clone())
-    assert torch.equal(*results)
-    assert results[0].any()
-
-
-def test_noise_ignores_the_wrappers_in_names():
-    def run(model):
-        model = model(nn.Sequential(nn.Linear(4, 4)))
-        for parameter in model.parameters():
-            nn.init.zeros_(parameter)
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        add_gradient_noise(optimizer, Constant(1.0), model=model)
-        optimizer.step()
-        return [p.detach() for p in model.parameters()]
-
-    assert all_equal(run(lambda model: model), run(torch.compile))
-
-
-def test_noise_of_the_others_stays_when_a_parameter_group_is_added():
-    def run(*, late):
-        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-        for parameter in model.parameters():
-            nn.init.zeros_(parameter)
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = torch.optim.SGD([model[1].weight], lr=1.0)
-        handle = add_gradient_noise(optimizer, Constant(1.0), model=model)
-        optimizer.step()
-        if late:
-            optimizer.add_param_group({"params": [model[0].weight]})
-        optimizer.step()
-        return model, handle
-
-    (alone, _), (grown, handle) = run(late=False), run(late=True)
-    assert torch.equal(alone[1].weight, grown[1].weight)
-    assert grown[0].weight.any()
-    assert handle.step == 2
 
 
 def test_noise_goes_to_the_chosen_parameters_alone_and_is_what_it_would_be_without_a_choice():
@@ -231,32 +164,6 @@ def test_relative_noise_has_a_fixed_ratio_to_the_gradient():
     assert b.grad.unique().tolist() == [1]
 
 
-def test_parameters_of_equal_names_get_noise_each():
-    layers = [nn.Linear(30, 30, bias=False), nn.Linear(30, 30, bias=False)]
-    optimizer = torch.optim.SGD([{"params": list(layer.named_parameters())} for layer in layers], lr=1.0)
-    add_gradient_noise(optimizer, Constant(1.0))
-    for layer in layers:
-        layer.weight.grad = torch.zeros_like(layer.weight)
-    optimizer.step()
-    noises = torch.stack([layer.weight.grad.flatten() for layer in layers])
-    assert abs(torch.corrcoef(noises)[0, 1]) < 4 / 30
-    assert noises.std(1).tolist() == pytest.approx([1, 1], rel=0.1)
-
-
-def test_names_that_an_optimizer_has_from_a_compiled_model_are_those_of_the_model():
-    def run(wrap):
-        model = nn.Sequential(nn.Linear(4, 4))
-        for parameter in model.parameters():
-            nn.init.zeros_(parameter)
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = torch.optim.SGD(wrap(model).named_parameters(), lr=1.0)
-        add_gradient_noise(optimizer, Constant(1.0))
-        optimizer.step()
-        return [p.detach() for p in model.parameters()]
-
-    assert all_equal(run(lambda model: model), run(torch.compile))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_noise_does_not_depend_on_the_default_dtype(dtype):
     def run(default):
@@ -336,17 +243,6 @@ def test_norms_are_measured_before_the_noise_when_asked_for():
     optimizer.step()
     assert handle.grad_norm.item() == pytest.approx((40_003 / 4 + 20) ** 0.5)
     assert handle.noise_norm == pytest.approx(2.0 * (40_003 + 8) ** 0.5)  # two rows of the table
-
-
-def test_noise_counts_a_tied_parameter_once():
-    tied = nn.Linear(300, 300, bias=False)
-    model = nn.Sequential(tied, tied)
-    nn.init.zeros_(tied.weight)
-    tied.weight.grad = torch.zeros_like(tied.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    add_gradient_noise(optimizer, Constant(1.0), model=model)
-    optimizer.step()
-    assert tied.weight.std().item() == pytest.approx(1.0, rel=0.02)
 
 
 def test_noise_creates_no_gradient_and_a_step_without_any_does_not_count():
@@ -476,42 +372,6 @@ def test_every_noise_of_an_optimizer_is_relative_to_the_gradient_without_any(clo
     optimizer.step(closure)
     assert relative.std == pytest.approx(0.001, rel=1e-5)
     assert relative.grad_norm.item() == loud.grad_norm.item() == pytest.approx(0.1, rel=1e-5)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))])
-def test_names_are_those_of_the_model_under_any_wrapping(wrap):
-    def noise(wrapped, named):
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        outer = wrap(model) if wrapped else model
-        parameters = outer.named_parameters() if named else outer.parameters()
-        optimizer = SpySGD(parameters)
-        add_gradient_noise(optimizer, Constant(1.0), model=None if named else outer)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        return optimizer.seen[0]
-
-    expected = noise(wrapped=False, named=False)
-    assert all_equal(noise(wrapped=True, named=False), expected)
-    assert all_equal(noise(wrapped=True, named=True), expected)
-
-
-def test_names_that_are_equal_without_wrappers_get_noise_each():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(50))
-            self._checkpoint_wrapped_module = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(50))})
-
-    model = Odd()
-    optimizer = SpySGD(model.parameters())
-    add_gradient_noise(optimizer, Constant(1.0), model=model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    first, second = optimizer.seen[0]
-    assert first.count_nonzero() == second.count_nonzero() == 50
-    assert not torch.equal(first, second)
 
 
 def test_a_step_in_inference_mode_leaves_later_ones_alone():
