@@ -18,7 +18,10 @@ def main() -> None:
     figure, (derivatives, noise, scores) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name in ("tanh", "sigmoid", "hardtanh", "relu"):
         plot_activation(name, derivative=True, axes=derivatives)
+    hard_sigmoid = {"function": "sigmoid", "label": "hard sigmoid of slope 1/4"}  # torch's has 1/6
+    plot_activation("nan(alpha=1, c=0)", derivative=True, axes=derivatives, **hard_sigmoid)
     derivatives.set_title("Derivatives")
+    derivatives.legend(fontsize="small", loc="upper left")
     for alpha in (0.9, 1.0, 1.1, 1.2):
         plot_activation(f"nah(alpha={alpha}, c=1)", draws=250, axes=noise)
     plot_activation("hardtanh", axes=noise)

@@ -29,12 +29,21 @@ def _axes(axes: Axes | None) -> Axes:
 
 
 def plot_activation(
-    name: str, *, derivative: bool = False, reach: float = 4.0, draws: int = 500, axes: Axes | None = None
+    name: str,
+    *,
+    function: str = "tanh",
+    label: str | None = None,
+    derivative: bool = False,
+    reach: float = 4.0,
+    draws: int = 500,
+    axes: Axes | None = None,
 ) -> Axes:
     """Draw an activation, as in Fig. 1 (derivatives) and 4 (noise) of Gulcehre et al. (2016).
 
     Args:
         name: a name of :func:`lightning_noisy.nn.registry.names`, with options if need be: ``"nah(alpha=1.15, c=2)"``.
+        function: what a noisy name has the hard version of, and ``"normalized"`` normalizes.
+        label: in the legend; by default the name.
         derivative: draw the derivative in its place.
         reach: the input goes from ``-reach`` to ``reach``, > 0.
         draws: of a noisy activation, as many points of noise are drawn, too, >= 0. p is 1.
@@ -51,13 +60,13 @@ def plot_activation(
     x = torch.linspace(-reach, reach, 801)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        module = registry.create(name)
+        module = registry.create(name, function=function)
         if isinstance(module, NoisyActivation) and module.p is not None:
             module.p.fill_(1)
         points = (2 * torch.rand(draws) - 1) * reach
         noisy = module(points) if isinstance(module, NoisyActivation) and draws and not derivative else None
         module.eval()
-        (line,) = axes.plot(x, slope(module, x) if derivative else module(x), label=name)
+        (line,) = axes.plot(x, slope(module, x) if derivative else module(x), label=label or name)
         if noisy is not None:
             axes.plot(points, noisy, ".", markersize=2, alpha=0.5, color=line.get_color(), label="_draws")
     axes.set_xlabel("input")

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_noisy.engine.replace import Replacement, check_replacement, replace_activations
+from lightning_noisy.engine.statistics import synchronize_statistics, synchronized_activations
 
 __all__ = ["ActivationReplacement"]
 
@@ -38,6 +39,7 @@ class ActivationReplacement(pl.Callback):
         check_replacement(to)
         self.to = to
         self._replaced: weakref.ref[pl.LightningModule] | None = None
+        self._steps = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Swap, unless this model is swapped already."""
@@ -51,6 +53,15 @@ class ActivationReplacement(pl.Callback):
             )
         replace_activations(pl_module, self.to)
         self._replaced = weakref.ref(pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note the optimizer steps taken."""
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Pool the statistics of activations with ``synchronized=True`` after an optimizer step."""
+        if trainer.global_step > self._steps and synchronized_activations(pl_module):
+            synchronize_statistics(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_replaced": None}

@@ -173,6 +173,8 @@ class _Uses(TorchFunctionMode):
     def plan(self, name: str) -> list[nn.Module] | str:
         """The layers that take in the site's constants, or why none can."""
         site, layers = self.sites[name], self._layers[name]
+        if site.instance_dims is not None:
+            return "each instance has its own statistics"
         if self._calls.get(site, 0) > 1:
             return "it is called several times"
         if name in self._reasons:

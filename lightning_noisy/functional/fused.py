@@ -1,8 +1,8 @@
 """Activations in one sweep over the memory: value, derivative, moments and gradients, a block at a time.
 
 A block stays in the cache while all that is needed of it is computed. On the CPU that is what the time goes into. The
-readable references are :func:`~lightning_noisy.functional.normalized.normalize_output` with the moments by torch, and
-:func:`~lightning_noisy.functional.noisy.output_noise`.
+readable references are ``normalize_output`` in ``functional.normalized`` with ``functional.moments``, and ``output_noise`` in
+``functional.noisy``.
 """
 
 from __future__ import annotations
@@ -10,57 +10,86 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_noisy.functional.gaussian import Key, sampler
+from lightning_noisy.functional.moments import Moments
 
-__all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "rescale_", "takes"]
+__all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "normalize", "rescale_", "takes"]
 
-# Writes the value at x into the second argument and the derivative into the third; 1-dimensional, contiguous.
-Kernel = Callable[[Tensor, Tensor, Tensor], object]
-
-_BLOCK = 1 << 16
-
-
-def _relu(x: Tensor, y: Tensor, slope: Tensor) -> None:
-    torch.clamp_min(x, 0, out=y)
-    torch.sign(y, out=slope)
+_BLOCK = 1 << 18
+_aten = torch.ops.aten
 
 
-def _leaky_relu(x: Tensor, y: Tensor, slope: Tensor, negative_slope: float = 0.01) -> None:
-    torch.sign(x, out=slope)
-    slope.clamp_(0, 1).mul_(1 - negative_slope).add_(negative_slope)
-    torch.mul(x, slope, out=y)
+class Kernel(NamedTuple):
+    """A function φ on 1-dimensional contiguous tensors, by torch's own kernels.
+
+    Attributes:
+        value: writes φ(x) into its second argument.
+        chain: of g, x, φ(x) and ``out``, writes g φ′(x) into ``out``.
+    """
+
+    value: Callable[[Tensor, Tensor], object]
+    chain: Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
-def _silu(x: Tensor, y: Tensor, slope: Tensor) -> None:
-    torch.sigmoid(x, out=slope)
-    torch.mul(x, slope, out=y)
-    torch.lerp(slope, torch.ones((), dtype=x.dtype), y, out=slope)  # s + y (1 - s)
+def _leaky_relu(negative_slope: float = 0.01) -> Kernel:
+    return Kernel(
+        lambda x, out: _aten.leaky_relu.out(x, negative_slope, out=out),
+        lambda g, x, y, out: _aten.leaky_relu_backward.grad_input(g, x, negative_slope, False, grad_input=out),
+    )
 
 
-def _tanh(x: Tensor, y: Tensor, slope: Tensor) -> None:
-    torch.tanh(x, out=y)
-    torch.mul(y, y, out=slope)
-    slope.neg_().add_(1)
+def _gelu(approximate: str = "none") -> Kernel:
+    return Kernel(
+        lambda x, out: _aten.gelu.out(x, approximate=approximate, out=out),
+        lambda g, x, y, out: _aten.gelu_backward.grad_input(g, x, approximate=approximate, grad_input=out),
+    )
 
 
-def _gelu(x: Tensor, y: Tensor, slope: Tensor) -> None:
-    below = torch.mul(x, math.sqrt(0.5)).erf_().add_(1).mul_(0.5)  # the normal distribution function
-    torch.mul(x, below, out=y)
-    torch.mul(x, x, out=slope)
-    slope.mul_(-0.5).exp_().mul_(x).mul_(1 / math.sqrt(2 * math.pi)).add_(below)
+def _elu(alpha: float = 1.0) -> Kernel:
+    return Kernel(
+        lambda x, out: _aten.elu.out(x, alpha, out=out),
+        lambda g, x, y, out: _aten.elu_backward.grad_input(g, alpha, 1, 1, False, x, grad_input=out),
+    )
 
 
-def _elu(x: Tensor, y: Tensor, slope: Tensor) -> None:
-    torch.clamp_max(x, 0, out=slope)
-    torch.expm1(slope, out=y)
-    torch.add(y, 1, out=slope)
-    y.add_(torch.clamp_min(x, 0))
+_RELU = Kernel(
+    lambda x, out: torch.clamp_min(x, 0, out=out),
+    lambda g, x, y, out: _aten.threshold_backward.grad_input(g, x, 0, grad_input=out),
+)
+_SILU = Kernel(
+    lambda x, out: _aten.silu.out(x, out=out),
+    lambda g, x, y, out: _aten.silu_backward.grad_input(g, x, grad_input=out),
+)
+_TANH = Kernel(
+    lambda x, out: torch.tanh(x, out=out),
+    lambda g, x, y, out: _aten.tanh_backward.grad_input(g, y, grad_input=out),
+)
+
+# By the module's class, with the attributes that are the kernel's options; and by the function, at its defaults.
+_MODULES: dict[type[nn.Module], Callable[[Any], Kernel]] = {
+    nn.ELU: lambda module: _elu(module.alpha),
+    nn.GELU: lambda module: _gelu(module.approximate),
+    nn.LeakyReLU: lambda module: _leaky_relu(module.negative_slope),
+    nn.ReLU: lambda module: _RELU,
+    nn.SiLU: lambda module: _SILU,
+    nn.Tanh: lambda module: _TANH,
+}
+_FUNCTIONS: list[tuple[object, Kernel]] = [
+    (F.elu, _elu()),
+    (F.gelu, _gelu()),
+    (F.leaky_relu, _leaky_relu()),
+    (F.relu, _RELU),
+    (torch.relu, _RELU),
+    (F.silu, _SILU),
+    (F.tanh, _TANH),
+    (torch.tanh, _TANH),
+]
 
 
 def kernel_of(function: object) -> Kernel | None:
@@ -70,28 +99,9 @@ def kernel_of(function: object) -> Kernel | None:
     True
     """
     if isinstance(function, nn.Module):
-        if type(function) is nn.LeakyReLU:
-            return partial(_leaky_relu, negative_slope=function.negative_slope)
-        exact = getattr(function, "approximate", "none") == "none" and getattr(function, "alpha", 1.0) == 1.0
-        return _KERNELS.get(type(function)) if exact else None
-    return next((kernel for key, kernel in _KERNELS.items() if key is function), None)
-
-
-_KERNELS: dict[object, Kernel] = {
-    nn.ELU: _elu,
-    F.elu: _elu,
-    nn.GELU: _gelu,
-    F.gelu: _gelu,
-    F.leaky_relu: _leaky_relu,
-    nn.ReLU: _relu,
-    F.relu: _relu,
-    torch.relu: _relu,
-    nn.SiLU: _silu,
-    F.silu: _silu,
-    nn.Tanh: _tanh,
-    F.tanh: _tanh,
-    torch.tanh: _tanh,
-}
+        make = _MODULES.get(type(function))
+        return make(function) if make else None
+    return next((kernel for known, kernel in _FUNCTIONS if known is function), None)
 
 
 def takes(x: Tensor) -> bool:
@@ -117,24 +127,39 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[start : start + _BLOCK] for tensor in tensors)
 
 
-def moments(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
-    """Write the values into ``y``, and return the moments that normalization needs.
+def _sample_blocks(x: Tensor, stride: int) -> Iterator[tuple[Tensor]]:
+    """Every ``stride``-th sample (dimension 0) of a tensor that :func:`takes`, flat, several at a time."""
+    sample = x[::stride]
+    rows = max(1, _BLOCK * len(sample) // sample.numel())
+    for start in range(0, len(sample), rows):
+        yield (sample[start : start + rows].reshape(-1),)
+
+
+def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int = 1) -> Moments[float]:
+    """Return the moments that normalization needs, and write the values into ``y`` if it is given.
 
     Args:
         kernel: of the function φ.
-        x: float32 or float64, contiguous, shape (elements,), not empty.
+        x: float32 or float64, not empty; with ``y`` contiguous, shape (elements,).
         y: same shape and dtype; overwritten with φ(x).
+        stride: without ``y``: take every ``stride``-th sample (dimension 0).
 
     Returns:
-        Var[x], E[φ], Var[φ] and E[φ′²], population moments over all elements.
+        The moments over all elements, or over those taken.
     """
-    slope = torch.empty(min(_BLOCK, x.numel()), dtype=x.dtype)
-    centred = torch.empty_like(slope)
-    count, origin_x, origin_y = x.numel(), 0.0, 0.0
+    parts = _sample_blocks(x, stride) if y is None else _blocks(x, y)
+    count, origin_x, origin_y = 0, 0.0, 0.0
     sums = [0.0] * 5
-    for start, (part, value) in enumerate(_blocks(x, y)):
-        derivative, shifted = slope[: part.numel()], centred[: part.numel()]
-        kernel(part, value, derivative)
+    for start, (part, *values) in enumerate(parts):
+        if start == 0:  # no later part is larger
+            slope, shifted, scratch = (torch.empty_like(part) for _ in range(3))
+            ones = torch.ones_like(part)
+        if part.numel() < slope.numel():
+            slope, shifted, scratch, ones = (tensor[: part.numel()] for tensor in (slope, shifted, scratch, ones))
+        value = values[0] if values else scratch
+        count += part.numel()
+        kernel.value(part, value)
+        kernel.chain(ones, part, value, slope)
         if start == 0:  # moments around a value near the mean don't cancel
             origin_x, origin_y = float(part.mean()), float(value.mean())
         torch.sub(part, origin_x, out=shifted)
@@ -143,18 +168,29 @@ def moments(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[float, float, float, 
         torch.sub(value, origin_y, out=shifted)
         sums[2] += float(shifted.sum())
         sums[3] += float(torch.dot(shifted, shifted))
-        sums[4] += float(torch.dot(derivative, derivative))
+        sums[4] += float(torch.dot(slope, slope))
     first_x, second_x, first_y, second_y, slopes = (total / count for total in sums)
-    return second_x - first_x**2, origin_y + first_y, second_y - first_y**2, slopes
+    return Moments(origin_x + first_x, second_x - first_x**2, origin_y + first_y, second_y - first_y**2, slopes)
 
 
 def rescale_(y: Tensor, scale: float, shift: float) -> None:
-    """``scale * (y - shift)`` in place; ``y`` of shape (elements,)."""
+    """``scale * (y - shift)`` in place; ``y`` of shape (elements,). To the last bit what :func:`normalize` gives."""
+    constant = torch.tensor(-scale * shift, dtype=y.dtype)
     for (part,) in _blocks(y):
-        part.sub_(shift).mul_(scale)
+        torch.add(constant, part, alpha=scale, out=part)
 
 
-def gradients(kernel: Kernel, x: Tensor, gradient: Tensor, out: Tensor, scale: float, shift: float) -> float:
+def normalize(kernel: Kernel, x: Tensor, y: Tensor, scale: float, shift: float) -> None:
+    """Write ``scale * (φ(x) - shift)`` into ``y``; arguments as in :func:`moments`."""
+    constant = torch.tensor(-scale * shift, dtype=x.dtype)
+    for part, value in _blocks(x, y):
+        kernel.value(part, value)
+        torch.add(constant, value, alpha=scale, out=value)
+
+
+def gradients(
+    kernel: Kernel, x: Tensor, gradient: Tensor, out: Tensor, scale: float, shift: float, *, of_scale: bool = True
+) -> float:
     """The backward pass of ``scale * (φ(x) - shift)``.
 
     Args:
@@ -164,18 +200,20 @@ def gradients(kernel: Kernel, x: Tensor, gradient: Tensor, out: Tensor, scale: f
         out: same shape and dtype; overwritten with the gradient of ``x``.
         scale: the factor.
         shift: the shift.
+        of_scale: whether the gradient of ``scale`` is wanted.
 
     Returns:
-        The gradient of ``scale``.
+        The gradient of ``scale``; 0 where it isn't wanted.
     """
-    value, slope = (torch.empty(min(_BLOCK, x.numel()), dtype=x.dtype) for _ in range(2))
+    values = torch.empty(min(_BLOCK, x.numel()), dtype=x.dtype)
     total = 0.0
     for part, incoming, outgoing in _blocks(x, gradient, out):
-        y, derivative = value[: part.numel()], slope[: part.numel()]
-        kernel(part, y, derivative)
-        total += float(torch.dot(incoming, y)) - shift * float(incoming.sum())
-        derivative.mul_(scale)
-        torch.mul(incoming, derivative, out=outgoing)
+        y = values[: part.numel()]
+        kernel.value(part, y)
+        kernel.chain(incoming, part, y, outgoing)
+        outgoing.mul_(scale)
+        if of_scale:
+            total += float(torch.dot(incoming, y.sub_(shift)))
     return total
 
 

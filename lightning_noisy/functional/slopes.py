@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["largest_slope", "slope"]
+__all__ = ["largest_slope", "slope", "value_and_slope"]
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -92,6 +92,24 @@ def slope(function: Elementwise, x: Tensor) -> Tensor:
         return _silu_slope(x)
     with side_effect_free(function, x) as evaluate:
         return _autograd_slope(evaluate, x)
+
+
+def value_and_slope(function: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The function, through which gradients flow, and its derivative, through which none do, in few operations.
+
+    Args:
+        function: elementwise callable or module.
+        x: float tensor, any shape; not modified.
+
+    Returns:
+        Two tensors of the shape of ``x``.
+    """
+    if type(function) is nn.SiLU or function is F.silu:  # a compiler doesn't see that both have the same sigmoid
+        s = torch.sigmoid(x)
+        y = x * s
+        return y, (s + y * (1 - s)).detach()
+    y = function(x)
+    return y, slope(function, x.detach())
 
 
 def largest_slope(function: Elementwise, *, device: torch.device | None = None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_noisy.functional import fused
+from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
-from lightning_noisy.functional.scores import rho_prime
-from lightning_noisy.functional.slopes import slope
+from lightning_noisy.functional.slopes import slope, value_and_slope
 from lightning_noisy.nn.recomputing import is_recomputing
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
@@ -44,7 +45,14 @@ class NormalizedActivation(nn.Module):
 
     Statistics are computed in float32 (float64 for double precision) over all elements. Under data
     parallelism each process uses its own batch, and DDP copies rank 0's running values to all ranks
-    before each forward pass, as it does for batch normalization.
+    before each forward pass, as it does for batch normalization. With ``synchronized=True`` batches only add to
+    ``pending``; :func:`~lightning_noisy.engine.statistics.synchronize_statistics`, to be called after each step
+    (``ActivationReplacement`` does), updates the running values from those of all ranks in one reduction for all
+    layers. Forward passes use the running values of the last step; until there are any, their own batch's.
+
+    With ``instance_dims`` each instance is normalized by its own statistics, in training and in evaluation, as in
+    the paper's Transformer. An instance without usable gains gets δ(x). The running values follow the means over
+    the instances, to be looked at.
 
     Args:
         function: elementwise callable or module δ. Its derivative needs no closed form.
@@ -54,6 +62,9 @@ class NormalizedActivation(nn.Module):
         beta: β, how far α can move the factor, >= 0; the paper takes 0.3.
         learn_alpha: whether α is learned; else it stays at 0, and needs no gradient.
         stride: take the statistics from every ``stride``-th sample of a batch (dimension 0), >= 1.
+        instance_dims: dimensions that make up an instance, such as (1, 2) for an input of shape (batch, tokens,
+            features); None for statistics of whole batches.
+        synchronized: pool the statistics of all ranks, and of all batches of a step; see above.
         inplace: write the result into the input, as the activation that this one replaces did. It costs
             a copy of the input.
         device: device of the parameter and the buffers.
@@ -67,6 +78,8 @@ class NormalizedActivation(nn.Module):
         running_rho_prime: ρ′, 0-dimensional, 1 at the start.
         num_batches_tracked: batches that had usable gains, 0-dimensional.
         num_rejected: batches rejected in a row by now, 0-dimensional.
+        pending: with ``synchronized``, what was seen since the last synchronization: the number of elements and the
+            sums of x, x², δ, δ² and δ′², float64 tensor, shape (6,). It is in no ``state_dict``; else None.
 
     Shape:
         Input and output: any shape, the same.
@@ -87,6 +100,7 @@ class NormalizedActivation(nn.Module):
     running_rho_prime: Tensor
     num_batches_tracked: Tensor
     num_rejected: Tensor
+    pending: Tensor | None
 
     def __init__(
         self,
@@ -98,6 +112,8 @@ class NormalizedActivation(nn.Module):
         beta: float = 0.3,
         learn_alpha: bool = True,
         stride: int = 1,
+        instance_dims: int | Sequence[int] | None = None,
+        synchronized: bool = False,
         inplace: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -117,10 +133,19 @@ class NormalizedActivation(nn.Module):
             raise ValueError(f"beta must be a finite number >= 0, got {beta!r}.")
         if not isinstance(stride, int) or stride < 1:
             raise ValueError(f"stride must be an integer >= 1, got {stride!r}.")
+        if instance_dims is not None:
+            instance_dims = (instance_dims,) if isinstance(instance_dims, int) else tuple(instance_dims)
+            if not instance_dims or not all(isinstance(dim, int) for dim in instance_dims):
+                raise ValueError(f"instance_dims must be one dimension or several, got {instance_dims!r}.")
+            if stride != 1 or synchronized:
+                raise ValueError("instance_dims needs each instance and nothing else: drop stride and synchronized.")
         self.function = function
         self.beta = float(beta)
         self.learn_alpha = learn_alpha
         self.stride = stride
+        self.instance_dims = instance_dims
+        self.synchronized = synchronized
+        self.pending = None
         self.momentum = momentum
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.max_rejections = max_rejections
@@ -135,63 +160,119 @@ class NormalizedActivation(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget what was learned and tracked."""
+        self._reset_pending()
         for tensor in (self.alpha, self.running_mean, self.num_batches_tracked, self.num_rejected):
             tensor.zero_()
         self.running_rho.fill_(1)
         self.running_rho_prime.fill_(1)
 
+    def _reset_pending(self) -> None:
+        if self.synchronized:
+            device = self.running_mean.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.pending = torch.zeros(6, dtype=dtype, device=device)
+
+    def train(self, mode: bool = True) -> NormalizedActivation:
+        """Set the training flag."""
+        forgotten = self.pending is not None and not self.pending.is_meta and self.training and not mode
+        if forgotten and cast(Tensor, self.pending)[0] > 0 and self.num_batches_tracked == 0:
+            warnings.warn(
+                f"{type(self).__name__}(synchronized=True) has no running values yet, and evaluates like the plain"
+                " function: call synchronize_statistics(model) after each step.",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
     @property
     def scale(self) -> Tensor:
         """λ + f(α) with f(α) = β tanh α, 0-dimensional."""
-        factor = normalization_factor(self.running_rho, self.running_rho_prime)
-        return factor + self.beta * torch.tanh(self.alpha.squeeze())
+        return self._scale(self.running_rho, self.running_rho_prime)
 
     @property
     def shift(self) -> Tensor:
         """μ, 0-dimensional."""
         return self.running_mean
 
+    def _scale(self, rho: Tensor, rho_prime: Tensor) -> Tensor:
+        return normalization_factor(rho, rho_prime) + self.beta * torch.tanh(self.alpha.squeeze())
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the activation of ``input``."""
         x = input.clone() if self.inplace else input
-        kernel = fused.kernel_of(self.function) if self.training and not torch.compiler.is_compiling() else None
+        swept = self.training and self.instance_dims is None and not torch.compiler.is_compiling()
+        kernel = fused.kernel_of(self.function) if swept else None
         if kernel is not None and fused.takes(x):
             with torch.autocast("cpu", enabled=False):
                 normalized = cast(Tensor, _Fused.apply(x, self.alpha, self, kernel))
+        elif x.numel() and (self.instance_dims is not None or self._looks_at_batch()):
+            normalized = self._follow(x)
         else:
-            y = self.function(x)
-            if self.training:
-                self._track(x, y)
-            normalized = normalize_output(y, self.scale, self.shift)
+            normalized = normalize_output(self.function(x), self.scale, self.shift)
         return input.copy_(normalized) if self.inplace else normalized
 
     def _is_tracking(self) -> bool:
         """Whether this forward pass is to update the running values."""
-        return not is_recomputing() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+        outside = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+        return self.training and outside and not is_recomputing()
+
+    def _looks_at_batch(self) -> bool:
+        """Whether this forward pass needs the batch's statistics."""
+        return self._is_tracking() or (self.training and self.synchronized)
+
+    def _follow(self, x: Tensor) -> Tensor:
+        """Track ``x``, and normalize the activation of it."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if torch.compiler.is_compiling() and x.dtype == wide:
+            y, derivative = value_and_slope(self.function, x)
+        else:
+            y, derivative = self.function(x), None
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            every = slice(None, None, self.stride) if x.dim() else ()
+            sample, values = x.detach()[every].to(wide), y.detach()[every].to(wide)
+            derivative = slope(self.function, sample) if derivative is None else derivative[every]
+            found = moments(sample, values, derivative, self._dims(x))
+            mean, rho, rho_prime = self._use(found, sample.numel())
+        return normalize_output(y, self._scale(rho, rho_prime), mean)
+
+    def _use(self, found: Moments[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Track the moments of ``count`` elements; return the μ, ρ and ρ′ to normalize with."""
+        batch = tuple(value.to(self.running_mean.dtype) for value in _gains(found))
+        usable = _usable(*batch)
+        if self.instance_dims is not None:
+            if self._is_tracking():
+                share = usable / usable.sum()
+                self._update(*(torch.where(usable, value * share, 0).sum() for value in batch))
+            return tuple(torch.where(usable, own, plain) for own, plain in zip(batch, (0.0, 1.0, 1.0), strict=True))
+        running = self.running_mean, self.running_rho, self.running_rho_prime
+        if not self.synchronized:
+            self._update(*batch)
+            return running
+        assert self.pending is not None
+        if self._is_tracking():
+            self.pending.add_(sums(count, found, dtype=self.pending.dtype))
+        first = usable & (self.num_batches_tracked == 0)
+        return tuple(torch.where(first, own, known) for own, known in zip(batch, running, strict=True))
+
+    def _dims(self, x: Tensor) -> tuple[int, ...] | None:
+        """The dimensions of an instance, if they are dimensions of ``x``."""
+        dims = self.instance_dims
+        if dims and len({dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}) < len(dims):
+            raise ValueError(f"instance_dims={dims} are not dimensions of an input of shape {tuple(x.shape)}.")
+        return dims
 
     @torch.no_grad()
-    def _track(self, x: Tensor, y: Tensor) -> None:
-        """Update the running values with a batch: input ``x``, output ``y`` of the plain function."""
-        if (
-            x.numel() == 0
-            or is_recomputing()
-            or (not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
-        ):
-            return
-        if self.stride > 1 and x.dim():
-            x, y = x[:: self.stride], y[:: self.stride]
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x, y = x.to(wide), y.to(wide)
-            var_y, mean_y = torch.var_mean(y, correction=0)
-            gain = var_y / x.var(correction=0)
-            gain_prime = rho_prime(slope(self.function, x))
-            self._update(*(value.to(self.running_mean.dtype) for value in (mean_y, gain, gain_prime)))
+    def follow(self, added: Tensor) -> None:
+        """Update the running values from what was ``pending``, here or in sum on several ranks, and forget it.
+
+        Args:
+            added: as ``pending``. Without elements it changes nothing.
+        """
+        self._update(*(value.to(self.running_mean.dtype) for value in _gains(pooled(added))))
+        self._reset_pending()
 
     def _update(self, batch_mean: Tensor, batch_rho: Tensor, batch_rho_prime: Tensor) -> None:
         """Apply Eq. 16-18 to the buffers, without a data-dependent branch (no host sync)."""
-        usable = (batch_rho > _SMALLEST_GAIN) & (batch_rho_prime > _SMALLEST_GAIN)
-        usable &= (batch_mean + batch_rho + batch_rho_prime).isfinite()
+        usable = _usable(batch_mean, batch_rho, batch_rho_prime)
         follow = partial(update_running, momentum=self.momentum, bounds=self.bounds)
         next_rho, rho_accepted = follow(self.running_rho, batch_rho)
         next_rho_prime, rho_prime_accepted = follow(self.running_rho_prime, batch_rho_prime)
@@ -207,8 +288,10 @@ class NormalizedActivation(nn.Module):
         self.num_rejected.copy_(torch.where(usable, in_a_row, self.num_rejected))
         self.num_batches_tracked.add_(usable)
 
-    def _update_on_cpu(self, batch_mean: float, batch_rho: float, batch_rho_prime: float) -> None:
+    def _update_on_cpu(self, found: Moments[float]) -> None:
         """The same by Python's numbers, which take a tenth of the time of small tensors."""
+        batch_mean, batch_rho_prime = found.mean_y, found.rho_prime
+        batch_rho = found.var_y / found.var_x if found.var_x > 0 else math.nan
         if not (batch_rho > _SMALLEST_GAIN and batch_rho_prime > _SMALLEST_GAIN):
             return
         if not math.isfinite(batch_mean + batch_rho + batch_rho_prime):
@@ -241,6 +324,11 @@ class NormalizedActivation(nn.Module):
             now = self._buffers[name]
             if now is not None and buffer is not None and now.is_floating_point() and now.itemsize < 4:
                 self._buffers[name] = buffer.to(now.device)
+        if self.pending is not None and self.pending.device != self.running_mean.device:
+            if self.pending.is_meta:
+                self._reset_pending()
+            else:
+                self.pending = self.pending.to(self.running_mean.device)
         return self
 
     def extra_repr(self) -> str:
@@ -254,7 +342,19 @@ class NormalizedActivation(nn.Module):
         options += [f"beta={self.beta}"] if self.beta != 0.3 else []
         options += ["learn_alpha=False"] if not self.learn_alpha else []
         options += [f"stride={self.stride}"] if self.stride != 1 else []
+        options += [f"instance_dims={self.instance_dims}"] if self.instance_dims is not None else []
+        options += ["synchronized=True"] if self.synchronized else []
         return ", ".join(function + options + (["inplace=True"] if self.inplace else []))
+
+
+def _gains(found: Moments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """μ, ρ and ρ′."""
+    return found.mean_y, found.var_y / found.var_x, found.rho_prime
+
+
+def _usable(mean: Tensor, rho: Tensor, rho_prime: Tensor) -> Tensor:
+    """Whether the gains say something."""
+    return (rho > _SMALLEST_GAIN) & (rho_prime > _SMALLEST_GAIN) & (mean + rho + rho_prime).isfinite()
 
 
 class _Fused(torch.autograd.Function):
@@ -263,23 +363,31 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, kernel: fused.Kernel) -> Tensor:
         """Compute the output, and update the running values before."""
-        if strided := module.stride > 1 and x.dim() > 0:
-            output = module.function(x)
-            sample = x[:: module.stride].contiguous()
-            values = torch.empty_like(sample)
-        else:
-            output = torch.empty_like(x)
-            sample, values = x, output
-        if not strided or module._is_tracking():
-            var_x, mean, var, gain_prime = fused.moments(kernel, fused.flat(sample), fused.flat(values))
-        if module._is_tracking():
-            module._update_on_cpu(mean, var / var_x if var_x > 0 else math.nan, gain_prime)
-        rho, rho_prime = float(module.running_rho), float(module.running_rho_prime)
-        ctx.module, ctx.kernel, ctx.shift = module, kernel, float(module.running_mean)
+        output = torch.empty_like(x)
+        strided = module.stride > 1 and x.dim() > 0
+        if looking := module._looks_at_batch():
+            if strided:
+                found = fused.moments(kernel, x, stride=module.stride)
+            else:
+                found = fused.moments(kernel, fused.flat(x), fused.flat(output))
+            if module.synchronized:
+                on_cpu = Moments(*(torch.tensor(value, dtype=torch.float64) for value in found))
+                mean, rho, rho_prime = map(
+                    float, module._use(on_cpu, x[:: module.stride].numel() if strided else x.numel())
+                )
+            else:
+                module._update_on_cpu(found)
+        if not (looking and module.synchronized):
+            running = module.running_mean, module.running_rho, module.running_rho_prime
+            mean, rho, rho_prime = map(float, running)
+        ctx.module, ctx.kernel, ctx.shift = module, kernel, mean
         ctx.tanh = math.tanh(float(alpha))
         ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + module.beta * ctx.tanh
         ctx.save_for_backward(x, alpha)
-        fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)
+        if looking and not strided:
+            fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)
+        else:
+            fused.normalize(kernel, fused.flat(x), fused.flat(output), ctx.scale, ctx.shift)
         return output
 
     @staticmethod
@@ -298,7 +406,13 @@ class _Fused(torch.autograd.Function):
         result = torch.empty_like(x)
         with torch.autocast("cpu", enabled=False):
             total = fused.gradients(
-                ctx.kernel, fused.flat(x), fused.flat(gradient), fused.flat(result), ctx.scale, ctx.shift
+                ctx.kernel,
+                fused.flat(x),
+                fused.flat(gradient),
+                fused.flat(result),
+                ctx.scale,
+                ctx.shift,
+                of_scale=ctx.needs_input_grad[1],
             )
         return result, torch.full_like(alpha, total * ctx.module.beta * (1 - ctx.tanh**2)), None, None
 

@@ -24,6 +24,18 @@ def test_replacement_equals_the_function_and_trains_the_new_parameters():
     assert all_equal(run(callback=True), run(callback=False))
 
 
+def test_replacement_synchronizes_once_a_step():
+    module, sizes = Net(), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            sizes.append((pl_module.net[1].pending[0].item(), pl_module.net[1].num_batches_tracked.item()))
+
+    callbacks = [ActivationReplacement("nsw(synchronized=True)"), Watch()]
+    quiet_trainer(callbacks=callbacks, accumulate_grad_batches=2).fit(module, loader(batches(4)), loader(batches(1)))
+    assert sizes == [(64, 0), (0, 1), (64, 1), (0, 2)]
+
+
 def test_replacement_swaps_once_over_fit_validate_and_fit():
     module, seen = Net(), []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -13,7 +14,7 @@ from helpers import Net, SpySGD, loader, quiet_trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from lightning_noisy import ActivationMonitor, GradientNoise, replace_activations
+from lightning_noisy import ActivationMonitor, ActivationReplacement, GradientNoise, replace_activations
 
 
 def batches_of(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -46,6 +47,10 @@ def zero_model() -> Net:
     return model
 
 
+def still(parameters: Iterator[nn.Parameter]) -> SpySGD:
+    return SpySGD(parameters, lr=0.0)
+
+
 def run(model: Net, callbacks: list[L.Callback], out: Path, name: str, **options: object) -> None:
     trainer = quiet_trainer(strategy="ddp", devices=2, callbacks=callbacks, use_distributed_sampler=False, **options)
     trainer.fit(model, loader(batches_of(trainer.global_rank)))
@@ -71,6 +76,8 @@ def main(out: Path) -> None:
     torch.manual_seed(0)
     model = replace_activations(Net(), "nsw")
     run(model, [GradientNoise(seed=0), ActivationMonitor(), Disturb()], out, "swap")
+    torch.manual_seed(0)
+    run(Net(optimizer=still), [ActivationReplacement("nsw(synchronized=True)"), Disturb()], out, "pooled")
     model = Net(nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
     run(
         model,

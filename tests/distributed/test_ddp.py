@@ -8,6 +8,7 @@ import torch
 from helpers import loader, quiet_trainer, run_processes, scalars
 
 from lightning_noisy import GradientNoise
+from lightning_noisy.nn import NSwish
 
 HERE = Path(__file__).parent
 
@@ -66,6 +67,18 @@ def test_swapped_model_has_equal_parameters_on_all_ranks(out):
     parameters = [name for name in first if "running" not in name and "num_" not in name]
     assert equal({name: first[name] for name in parameters}, {name: second[name] for name in parameters})
     assert first["net.1.alpha"] != 0
+
+
+@pytest.mark.slow
+def test_synchronized_statistics_are_those_of_one_process_with_all_data(out, runs):
+    first, second = states(out, "pooled")
+    assert equal(first, second)
+    torch.manual_seed(0)
+    layer, expected = runs.Net().net[0], NSwish()
+    for (x, _), (other, _) in zip(runs.batches_of(0), runs.batches_of(1), strict=True):
+        expected(layer(torch.cat([x, other])))
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(first[f"net.1.{name}"], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -53,3 +53,13 @@ def test_unknown_name_close_to_none_is_answered_with_all():
 def test_options_of_a_class_are_checked_by_it():
     with pytest.raises(TypeError, match="slope"):
         registry.create("leaky_relu", slope=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "c"),
+    [("nan", 1.15, 0.5), ("nah", 1.15, 0.5), ("nani", None, 0.05), ("nanil", None, 0.5), ("nanis", None, 0.25)],
+)
+def test_noisy_defaults_are_the_authors(name, alpha, c):
+    module = registry.create(name)
+    assert getattr(module, "alpha", None) == alpha
+    assert module.c.item() == pytest.approx(c)
