@@ -79,7 +79,7 @@ def plot_r_scores(names: Iterable[str], *, sigmas: Sequence[float] | None = None
     """Draw the R-scores over the input's standard deviation, as in Fig. 2 of Yuan et al. (2022).
 
     Args:
-        names: names of :func:`lightning_noisy.nn.registry.names`.
+        names: names of :func:`lightning_noisy.nn.registry.names`; p of noisy ones is 1.
         sigmas: standard deviations, > 0; by default 40 from 0.1 to 10.
         axes: where to draw; by default in a new figure.
 
@@ -93,7 +93,10 @@ def plot_r_scores(names: Iterable[str], *, sigmas: Sequence[float] | None = None
     axes = _axes(axes)
     sigmas = torch.logspace(-1, 1, 40).tolist() if sigmas is None else list(sigmas)
     for name in names:
-        module = registry.create(name)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            module = registry.create(name)
+            if isinstance(module, NoisyActivation) and module.p is not None:
+                module.p.fill_(1)
         axes.plot(sigmas, [gains(module, sigma).r_score for sigma in sigmas], label=name)
     axes.set_xscale("log")
     axes.set_xlabel("standard deviation of the input")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -49,6 +50,7 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is not a module.
+        ValueError: if the output for the example inputs is not finite.
         RuntimeError: if the output is another one afterwards; the model is as before then.
 
     Warns:
@@ -71,14 +73,18 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     try:
         uses = _Uses(model)
         before = uses.watch(model, example_inputs)
+        if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(before) if isinstance(leaf, Tensor)):
+            raise ValueError("With these example inputs the output is not finite. Pass others.")
         plans = {name: uses.plan(name) for name in uses.sites}
         undo = [_fold(model, name, layers, training) for name, layers in plans.items() if not isinstance(layers, str)]
         after = _call(model, example_inputs)
         if not _close(before, after):
             for restore in reversed(undo):
                 for module, attribute, value in restore:
-                    module._parameters.pop(attribute, None)
-                    setattr(module, attribute, value)
+                    if isinstance(module, _LAYERS):
+                        module._parameters[attribute] = value
+                    else:
+                        setattr(module, attribute, value)
             raise RuntimeError("Folding would change the output: the model does what one forward pass doesn't show.")
     finally:
         for each, flag in training.items():
@@ -97,11 +103,12 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 def _close(before: Any, after: Any) -> bool:
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
-    return all(
-        torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * float(a.abs().amax() if a.numel() else 0))
-        for a, b in pairs
-        if isinstance(a, Tensor) and a.is_floating_point()
-    )
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            off = float((a.double() - b.double()).abs().amax() / a.double().abs().amax().clamp_min(1e-30))
+            if not off <= max(1e-3, 20 * torch.finfo(a.dtype).eps):
+                return False
+    return True
 
 
 class _Uses(TorchFunctionMode):
@@ -140,6 +147,11 @@ class _Uses(TorchFunctionMode):
         for leaf in tree_leaves(output):
             if (name := self._origin.get(id(leaf))) is not None:
                 self._reasons.setdefault(name, "it is an output of the model")
+        of = [(weakref.ref(tensor), self._origin.get(id(tensor))) for tensor in self._alive]
+        self._alive.clear()
+        for reference, name in of:
+            if name is not None and reference() is not None:
+                self._reasons.setdefault(name, "something keeps its output")
         return output
 
     def _follow(self, output: Tensor, name: str) -> None:
@@ -158,7 +170,7 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         names = {n for leaf in tree_leaves((args, kwargs)) if (n := self._origin.get(id(leaf))) is not None}
-        for name in names if isinstance(result, Tensor) or not hasattr(func, "__self__") else ():
+        for name in names:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 continue  # a shape, a dtype
             if func in _MOVES and isinstance(result, Tensor):
@@ -173,6 +185,8 @@ class _Uses(TorchFunctionMode):
     def plan(self, name: str) -> list[nn.Module] | str:
         """The layers that take in the site's constants, or why none can."""
         site, layers = self.sites[name], self._layers[name]
+        if site._forward_hooks or site._forward_pre_hooks:
+            return "it has hooks"
         if site.instance_dims is not None:
             return "each instance has its own statistics"
         if self._calls.get(site, 0) > 1:

@@ -47,8 +47,10 @@ class ActivationRecorder:
 
     def __init__(self, model: nn.Module, *, saturation_threshold: float = 0.05) -> None:
         modules: dict[nn.Module, str] = {}
+        there = set(model.modules())
         for site in activation_sites(model):
-            modules.setdefault(site.module, site.name)
+            if site.module in there and site.kind != "recurrent":  # calls of functions have no module to watch
+                modules.setdefault(site.module, site.name)
         self._modules = {name: module for module, name in modules.items()}
         self._threshold = saturation_threshold
         self._hooks: list[RemovableHandle] = []

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_noisy.engine.batch_norm import buffer, strip
+from lightning_noisy.engine.place import Record, place
 from lightning_noisy.engine.sites import GATE_OR_OUTPUT, ActivationSite, ActivationSites, activation_sites
+from lightning_noisy.engine.snapshot import Snapshot
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
 
-__all__ = ["Replacement", "check_replacement", "replace_activations"]
+__all__ = ["Replacement", "Rule", "check_replacement", "replace_activations", "restore_activations"]
 
 # What a site may be replaced with, and what `replace_activations` takes: also a mapping from a plain function's name.
 _New = str | type[nn.Module] | Callable[[ActivationSite], nn.Module]
 Replacement = _New | Mapping[str, _New]
+
+# Which sites are meant: a pattern of names, a class of modules, a predicate, or several of them.
+Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]
 
 # What hooks on a module consist of.
 _HOOKS = (
@@ -58,34 +67,63 @@ def check_replacement(to: Replacement) -> None:
         raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got the class {to!r}.")
 
 
-def replace_activations(model: nn.Module, to: Replacement) -> nn.Module:
-    """Replace the activation modules of a model, each by one of its own, in place.
+def replace_activations(
+    model: nn.Module,
+    to: Replacement,
+    *,
+    example_inputs: Any = None,
+    gates: bool = False,
+    outputs: bool = False,
+    after_residual: bool = False,
+    keep_last: int = 0,
+    include: Rule | None = None,
+    exclude: Rule | None = None,
+    batchnorm_affine: Literal["keep", "strip"] = "keep",
+    buffer_batchnorm: bool | str = False,
+) -> nn.Module:
+    """Replace the activations of a model, each by a module of its own, in place.
 
-    Every registration of an activation module counts: an instance that is registered twice becomes two.
-    Each replacement takes over the training flag, the device, the hooks and the in-place behaviour; its new
-    parameters have the dtype of their neighbours and need gradients if those do. Either all sites are
-    replaced or, after an error, none.
+    Every place of :func:`~lightning_noisy.activation_sites` counts: modules, where they are registered and where they
+    are used again, functions, methods, functions held as attributes, modules built in forward. A place of a module or
+    an attribute has its replacement there; calls in code go to a child ``activation_calls`` of the module whose code it
+    is, whose class is written anew for that. Each replacement takes over training flag, device, hooks and the in-place
+    behaviour; its new parameters have the dtype of their neighbours and need gradients if those do. Either all places
+    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing.
 
-    A mapping replaces the functions that it names. Anything else replaces every activation but those
-    sigmoids, tanhs and softplus which may be a gate or an output: the ones whose output isn't the input of a
-    next layer in an ``nn.Sequential`` stay. Name them in a mapping to replace them, too.
-
-    A module that is called at several places of one forward pass keeps doing so, with one set of running
-    values. Calls of functions (``F.relu(x)``) are not replaced.
+    A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
+    multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or of which it isn't
+    known what follows; and recurrent layers. The noisy names leave functions that don't saturate.
 
     Args:
-        model: the model, not yet compiled, scripted, sharded or wrapped for data parallelism. Make its
-            optimizer afterwards: there are new parameters.
+        model: the model, not yet scripted, sharded or wrapped for data parallelism; of a compiled one the module inside
+        is
+            changed, and compiled anew. Make its optimizer afterwards: there are new parameters.
         to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a class of modules, made
             without arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain
             functions' names to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: one forward pass then
+            shows what follows what, and how often a loop is passed. Without them what can be traced is used.
+        gates: replace gates, too.
+        outputs: replace the sigmoids and the like that are, or may be, an output or a gate, too.
+        after_residual: replace those right after the addition of two branches, too. (ANAct's authors leave them.)
+        keep_last: so many, called last, stay; >= 0. (3 in the authors' VGG-19.)
+        include: only these: a pattern of names such as ``"layer1.*"``, a class of the modules to be replaced, a
+        function
+            from a site to a bool, or a sequence of them, of which one is to match.
+        exclude: not these.
+        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced place.
+        Untrained
+            ones, 1 and 0, change nothing; otherwise a warning names what is lost.
+        buffer_batchnorm: put a batch norm without weights before the last linear layer, or the one of that name: a
+        child
+            ``buffer`` of it, applied to its input.
 
     Returns:
         ``model``, or the replacement if the model itself is an activation module.
 
     Raises:
         TypeError: if ``model`` is not a module, or ``to`` is nothing to replace activations with.
-        ValueError: if a name is unknown, or the model can't be changed any more.
+        ValueError: if a name or an option is unknown, or the model can't be changed any more.
 
     Warns:
         UserWarning: if nothing was replaced.
@@ -97,27 +135,62 @@ def replace_activations(model: nn.Module, to: Replacement) -> nn.Module:
     )
     """
     check_replacement(to)
+    if keep_last < 0:
+        raise ValueError(f"keep_last must be >= 0, got {keep_last!r}.")
+    if batchnorm_affine not in ("keep", "strip"):
+        raise ValueError(f'batchnorm_affine must be "keep" or "strip", got {batchnorm_affine!r}.')
     _check_replaceable(model)
-    sites = activation_sites(model)
-    chosen = [(site, new) for site in sites if (new := _choose(site, to)) is not None]
+    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    sites = activation_sites(inside, example_inputs)
+    policy = _Policy(to, gates, outputs, after_residual, include, exclude)
+    chosen = {site.name: new for site in sites if (new := policy.choose(site)) is not None}
+    kept = sorted((site for site in sites if site.name in chosen), key=lambda site: site.order)[
+        -keep_last or len(sites) :
+    ]
+    chosen = {name: new for name, new in chosen.items() if name not in {site.name for site in kept}}
     if not chosen:
-        _warn_unchanged(model, sites, to)
+        _warn_unchanged(inside, sites, to)
         return model
     heirs: dict[nn.Module, nn.Module] = {}
-    replacements = [(site, _make(site, new, model, heirs)) for site, new in chosen]
-    for site, module in replacements:
-        if site.name == "":
-            return module
-        owner = model.get_submodule(site.owner)
-        owner._modules[site.name.rpartition(".")[2]] = module
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            # In evaluation its fused kernel would go on computing the ReLU or GELU of its construction.
-            owner.activation_relu_or_gelu = 0
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and not all(
-            getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers
-        ):
-            module.use_nested_tensor = False  # a layout for that kernel alone
+    made = {site.name: _make(site, chosen[site.name], inside, heirs) for site in sites if site.name in chosen}
+    if "" in made:
+        return made[""]
+    made = {site.name: made[site.name] for site in sites if made.get(site.name) not in (None, site.module)}
+    if not made:
+        return model
+    snapshot = Snapshot(inside)
+    record = Record.of(inside)
+    try:
+        place(inside, sites, made, record)
+        if batchnorm_affine == "strip":
+            strip(inside, [site for site in sites if site.name in made], record)
+        if buffer_batchnorm:
+            buffer(inside, buffer_batchnorm, record)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return model
+
+
+def restore_activations(model: nn.Module) -> nn.Module:
+    """Undo :func:`replace_activations`: the model has the activations again that it had before the first one.
+
+    Args:
+        model: the model, in place. What other layers have learned stays; so do batch norms that were stripped, with the
+            weights they had.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if nothing was replaced in it.
+
+    >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
+    >>> restore_activations(model)[1]
+    ReLU()
+    """
+    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    Record.of(inside, existing=True).undo(inside)
     return model
 
 
@@ -136,13 +209,44 @@ def _check_replaceable(model: object) -> None:
         )
 
 
-def _choose(site: ActivationSite, to: Replacement) -> _New | None:
-    """What the site is replaced with, or None if it stays."""
-    if isinstance(to, Mapping):
-        return to.get(site.function)
-    if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
-        return None
-    return None if site.function in GATE_OR_OUTPUT and site.is_gate is None and site.name else to
+@dataclass(frozen=True)
+class _Policy:
+    """What is to be replaced with what."""
+
+    to: Replacement
+    gates: bool
+    outputs: bool
+    after_residual: bool
+    include: Rule | None
+    exclude: Rule | None
+
+    def choose(self, site: ActivationSite) -> _New | None:
+        """What the site is replaced with, or None if it stays."""
+        if site.kind == "recurrent" or (site.after_residual and not self.after_residual):
+            return None
+        if self.include is not None and not _matches(site, self.include):
+            return None
+        if self.exclude is not None and _matches(site, self.exclude):
+            return None
+        to = self.to
+        if isinstance(to, Mapping):
+            return to.get(site.function)
+        if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
+            return None
+        if site.is_gate and not self.gates:
+            return None
+        may_be_either = site.function in GATE_OR_OUTPUT and site.name != ""
+        return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
+
+
+def _matches(site: ActivationSite, rule: Rule) -> bool:
+    if isinstance(rule, str):
+        return fnmatch.fnmatchcase(site.name, rule)
+    if inspect.isclass(rule):
+        return isinstance(site.module, rule)
+    if callable(rule):
+        return bool(rule(site))
+    return any(_matches(site, each) for each in rule)
 
 
 def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -150,6 +254,7 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
 
     ``heirs`` has the first replacement of each instance: it inherits the hooks, the others get copies.
     """
+    assert site.module is not None
     old = site.module
     # From the owner outwards: the parameters closest to the site.
     path = site.owner.split(".") if site.owner else []
@@ -174,7 +279,7 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
                 parameter.data = parameter.data.to(neighbours[0].dtype)
         if not any(parameter.requires_grad for parameter in neighbours):
             module.requires_grad_(False)
-    module.train(old.training)
+    module.train(model.get_submodule(site.owner).training if site.call is not None else old.training)
     if all(inner is not old for inner in module.modules()):  # else it is still called, hooks and all
         for name in _HOOKS:
             if getattr(module, name) or old in heirs:
@@ -188,6 +293,7 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
 
 def _instantiate(site: ActivationSite, new: _New) -> nn.Module:
     name, options = registry.parse(new) if isinstance(new, str) else ("", {})
+    assert site.module is not None
     if name == "normalized":
         # The function with the site's own options and parameters. A shallow copy, since it may work in place.
         function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
@@ -218,7 +324,9 @@ def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -
     hint = (
         f"Found {found}. Name functions in a mapping to replace them, such as {{{sites[0].function!r}: ...}}."
         if sites
-        else "It has no activation modules. Calls of functions such as F.relu(x) can't be replaced: make them modules."
+        else "No activation was found in it."
     )
     what = f"replace_activations({type(model).__name__}, {to!r}) replaced nothing."
+    if sites.not_seen:
+        hint += f" Not looked into: {'; '.join(sites.not_seen)}."
     warnings.warn(f"{what} {hint}", UserWarning, stacklevel=3)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_noisy.nn.registry import function_name
+from lightning_noisy.engine.calls import (
+    FUNCTIONS,
+    NAME,
+    Call,
+    CallSites,
+    UnreadError,
+    calls_of,
+    plain_module,
+    send_calls,
+)
+from lightning_noisy.engine.provenance import Probe, Seen, observe, trace
+from lightning_noisy.engine.snapshot import Snapshot
+from lightning_noisy.nn import registry
 
 __all__ = ["ActivationSite", "ActivationSites", "activation_sites"]
 
 # Functions that gates and output layers are made of.
 GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -21,13 +40,21 @@ class ActivationSite:
     """One place where a model applies an activation function.
 
     Attributes:
-        name: path of the module, as in ``model.named_modules()``; ``""`` if the model is an activation.
-        kind: ``"module"``.
+        name: path of the module, as in ``model.named_modules()``, ``""`` if the model is an activation;
+            ``"layer1.0.relu#2"`` for the second place that calls a module; ``"branch1:relu#0"`` for the first call of a
+            ReLU in the code of ``branch1``; ``"@2"`` is added for the second pass of a call in a loop.
+        kind: ``"module"``, ``"function"`` (``F.relu(x)``), ``"method"`` (``x.relu()``), ``"attribute"`` (a function
+        that
+            is held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
         function: plain name of the function, such as ``"relu"``.
-        owner: path of the module that holds it.
-        after_residual: whether the input comes straight from a residual addition; None where unknown.
-        is_gate: whether the output gates something; None where unknown.
-        module: the activation module itself.
+        owner: path of the module whose forward makes the call.
+        after_residual: whether the input comes straight from the addition of two branches; None where unknown.
+        is_gate: whether the output is multiplied with another branch; None where unknown.
+        is_output: whether the output is one of the model's; None where unknown.
+        order: its number in the order in which they are called, as far as that is known.
+        batch_norm: path of the batch norm whose output it gets; None if there is none, or it isn't known.
+        module: the activation module; for a call one that computes the same, which is not part of the model; None
+            where its arguments are known only when it runs.
     """
 
     name: str
@@ -36,68 +63,320 @@ class ActivationSite:
     owner: str
     after_residual: bool | None
     is_gate: bool | None
-    module: nn.Module = field(repr=False, compare=False)
+    is_output: bool | None
+    order: int
+    batch_norm: str | None
+    module: nn.Module | None = field(repr=False, compare=False)
+    call: Call | None = field(default=None, repr=False, compare=False)
+    number: int = field(default=1, repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Its name within its owner."""
+        return self.name[len(self.owner) :].lstrip(".:")
 
 
 class ActivationSites(list[ActivationSite]):
-    """A list of sites that prints as a table."""
+    """A list of sites that prints as a table.
+
+    Attributes:
+        not_seen: what could not be looked into, each with the reason.
+    """
+
+    def __init__(self, sites: Iterable[ActivationSite] = (), not_seen: Iterable[str] = ()) -> None:
+        super().__init__(sites)
+        self.not_seen = list(not_seen)
 
     def __str__(self) -> str:
-        """One line per site below a header."""
+        """One line per site below a header; then what could not be looked into."""
         columns = ("name", "kind", "function", "owner", "after_residual", "is_gate")
         rows: list[tuple[str, ...]] = [columns]
         rows += [tuple(str(getattr(site, column)) or "(root)" for column in columns) for site in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        lines = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + [f"not looked into: {reason}" for reason in self.not_seen])
 
 
-def activation_sites(model: nn.Module) -> ActivationSites:
-    """List every place where a module of ``model`` is an activation; changes nothing.
+def activation_sites(model: nn.Module, example_inputs: Any = None) -> ActivationSites:
+    """List every place where a model applies an activation function; changes nothing.
 
-    Sites are found in ``model``'s tree of modules: an instance that is registered twice has two. Calls of
-    functions (``F.relu(x)``) and methods (``x.relu()``) are not found. ``is_gate`` is False for an activation
-    whose output is the next layer's input in an ``nn.Sequential``, and None elsewhere.
+    Modules are found in the model's tree, an instance that is registered twice at two places. Calls of functions and
+    methods are found in the source of the modules' classes. With example inputs one forward pass shows what comes
+    before and after each, and how often one is passed; buffers and random states are as before afterwards. Without,
+    each module's forward is traced on its own, as far as that goes.
 
     Args:
         model: any module.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model.
 
     Returns:
-        The sites in the order of ``model.named_modules()``; prints as a table.
+        The sites, in the order of the modules and of their source, or with example inputs in the order in which they
+        are called; prints as a table. ``not_seen`` says what could not be looked into.
 
     Raises:
         TypeError: if ``model`` is not an ``nn.Module``.
 
     >>> print(activation_sites(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1), nn.Sigmoid())))
     name  kind    function  owner   after_residual  is_gate
-    1     module  tanh      (root)  None            False
-    3     module  sigmoid   (root)  None            None
+    1     module  tanh      (root)  False           False
+    3     module  sigmoid   (root)  False           None
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}.")
-    if (function := function_name(model)) is not None:
-        return ActivationSites([ActivationSite("", "module", function, "", None, None, model)])
-    return ActivationSites(_walk(model, "", False, set()))
+    if (function := registry.function_name(model)) is not None:
+        return ActivationSites([ActivationSite("", "module", function, "", None, None, None, 0, None, model)])
+    if isinstance(model, _RECURRENT):
+        function = _recurrent_function(model)
+        return ActivationSites([ActivationSite("", "recurrent", function, "", None, None, None, 0, None, model)])
+    snapshot = Snapshot(model)
+    names = {module: name for name, module in model.named_modules()}
+    spots = list(_walk(model, "", False, set()))
+    not_seen = [reason for spot in spots for reason in spot.reasons]
+    try:
+        probes = _put_probes(spots, not_seen)
+        if example_inputs is None:
+            traced = {owner: trace(owner) for owner in dict.fromkeys(probes.values()) if _has_forward(owner)}
+            not_seen += [
+                f"{spot.name}: it is in a loop that can't be traced, and would have one module for all passes; pass"
+                " example_inputs to have one for each"
+                for spot in spots
+                if spot.call and spot.call.in_loop and spot.seen.passes is None and not traced.get(spot.owner)
+            ]
+        else:
+            for unseen in observe(model, example_inputs, probes, names):
+                calls = f"{unseen.count} calls of {unseen.function}" if unseen.count > 1 else f"a {unseen.function}"
+                not_seen.append(
+                    f"{unseen.owner or '(root)'}: {calls} that the source of its class doesn't show; make it a module"
+                )
+    finally:
+        snapshot.restore()
+    sites = [site for spot in spots for site in spot.sites(names)]
+    if example_inputs is not None:
+        sites.sort(key=lambda site: site.order)
+    return ActivationSites(sites, not_seen)
 
 
-def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> Iterator[ActivationSite]:
-    """Sites below ``owner``; ``feeds_on``: owner's output is the input of a next layer."""
+@dataclass
+class _Spot:
+    """A place before it is known how often it is passed."""
+
+    path: str
+    owner: nn.Module
+    kind: str
+    key: str
+    function: str
+    module: nn.Module | None
+    call: Call | None = None
+    feeds_on: bool = False
+    number: int = 0
+    seen: Seen = field(default_factory=Seen)
+    reasons: list[str] = field(default_factory=list)
+    others: dict[int, nn.Module] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        is_child = self.kind in ("module", "attribute", "recurrent")
+        return self.key if is_child and not self.path else f"{self.path}{'.' if is_child else ':'}{self.key}"
+
+    def sites(self, names: dict[nn.Module, str]) -> Iterator[ActivationSite]:
+        if not self.function:
+            return
+        seen = self.seen
+        is_gate = False if seen.is_gate is None and self.feeds_on else seen.is_gate
+        in_loop = self.call is not None and self.call.in_loop
+        passes = max(seen.passes or 1, len(self.others) + 1) if in_loop else 1
+        order = self.number if seen.order is None else seen.order
+        for number in range(1, passes + 1):
+            name = self.name if number == 1 else f"{self.name}@{number}"
+            module = self.others.get(number, self.module)
+            yield ActivationSite(
+                name,
+                self.kind,
+                self.function,
+                self.path,
+                seen.after_residual,
+                is_gate,
+                seen.is_output,
+                order,
+                names.get(seen.batch_norm) if seen.batch_norm is not None else None,
+                module,
+                self.call,
+                number,
+            )
+
+
+def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> Iterator[_Spot]:
+    """Spots at and below ``owner``; ``feeds_on``: owner's output is the input of a next layer."""
     seen.add(owner)
+    numbers = len(seen)
     chained = type(owner).forward is nn.Sequential.forward
+    calls, reasons = calls_of(owner, _function_of)
+    uses = {call.key: call for call in calls if call.kind == "module"}
+    if reasons:
+        yield _Spot(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: {reason}" for reason in reasons])
+    for key, value in owner.__dict__.items():
+        if key.startswith("_"):
+            continue
+        function = _held_function(value)
+        if function is not None:
+            yield _Spot(path, owner, "attribute", key, *function, number=numbers)
+        elif held := _held_activations(value):
+            reason = (
+                f"{path or '(root)'}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
+            )
+            yield _Spot(path, owner, "", "", "", None, reasons=[reason])
+    there = owner._modules.get(NAME)
+    sent: dict[str, nn.Module] = dict(there.items()) if isinstance(there, CallSites) else {}
     children = list(owner._modules.items())  # named_children() would pass over the second use of an instance
     for index, (key, child) in enumerate(children):
-        if child is None or isinstance(child, ParametrizationList):  # whose functions are of weights
+        if child is None or isinstance(child, (ParametrizationList, CallSites)):  # whose functions are of weights
             continue
         name = f"{path}.{key}" if path else key
         # What follows must be a layer: an output may still be reshaped.
         layer_follows = any(_has_parameters(later) for _, later in children[index + 1 :])
         child_feeds_on = chained and (layer_follows or feeds_on)
-        function = function_name(child)
-        if function is not None:  # what an activation consists of is no site of its own
-            yield ActivationSite(name, "module", function, path, None, False if child_feeds_on else None, child)
+        function_name = _function_of(child)
+        if function_name is not None:  # what an activation consists of is no site of its own
+            use = uses.pop(key, None)
+            others = _others(sent, key)
+            yield _Spot(path, owner, "module", key, function_name, child, use, child_feeds_on, len(seen), others=others)
+        elif isinstance(child, _RECURRENT):
+            yield _Spot(path, owner, "recurrent", key, _recurrent_function(child), child, number=len(seen))
         elif child not in seen:
             yield from _walk(child, name, child_feeds_on, seen)
+    for call in calls:
+        if call.kind == "module" and call.key not in uses:
+            continue
+        module = sent.get(call.key, call.plain if call.child is None else owner._modules.get(call.child))
+        # A second use is named like a child, not like a call.
+        yield _Spot(
+            path,
+            owner,
+            call.kind,
+            call.key,
+            call.function,
+            module,
+            call,
+            number=numbers,
+            others=_others(sent, call.key),
+        )
+
+
+def _others(sent: dict[str, nn.Module], key: str) -> dict[int, nn.Module]:
+    """The modules of the further passes."""
+    return {int(name.rpartition("@")[2]): module for name, module in sent.items() if name.startswith(f"{key}@")}
+
+
+def _put_probes(spots: list[_Spot], not_seen: list[str]) -> dict[Probe, nn.Module]:
+    """Let a probe stand at each spot; returns each with its owner."""
+    probes: dict[Probe, nn.Module] = {}
+    calls: dict[nn.Module, list[tuple[Call, list[nn.Module]]]] = {}
+    for spot in spots:
+        if spot.kind in ("", "recurrent"):
+            continue
+        if spot.module is None:
+            not_seen.append(f"{spot.name}: an argument of {spot.function} is known only when it runs")
+            spot.function = ""
+            continue
+        probe = Probe(spot.module, spot.seen)
+        probes[probe] = spot.owner
+        if spot.kind == "attribute":
+            spot.owner.__dict__[spot.key] = probe
+        elif spot.kind == "module" and spot.key in spot.owner._modules:
+            spot.owner._modules[spot.key] = probe
+        else:
+            assert spot.call is not None
+            calls.setdefault(spot.owner, []).append((spot.call, [probe]))
+    for owner, theirs in calls.items():
+        try:
+            send_calls(owner, theirs)
+        except UnreadError as reason:
+            not_seen.append(f"{type(owner).__name__}: its code can't be written anew: {reason}")
+            for spot in spots:
+                if spot.owner is owner and spot.call is not None and spot.key not in owner._modules:
+                    spot.function = ""
+    return probes
+
+
+def _held_function(value: object) -> tuple[str, nn.Module] | None:
+    """Name and module of a function that is held as an attribute."""
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = {}
+    if isinstance(value, functools.partial):
+        partial: functools.partial[Any] = value
+        value, arguments, options = partial.func, partial.args, partial.keywords
+    if not callable(value) or isinstance(value, nn.Module) or value not in FUNCTIONS:
+        return None
+    name, inplace = FUNCTIONS[value]
+    try:
+        module = plain_module(name, *arguments, **options)
+    except (UnreadError, TypeError):
+        return None
+    if inplace:
+        module.inplace = True  # type: ignore[assignment]
+    return name, module
+
+
+def _held_activations(value: object) -> str:
+    """What activations a plain container holds."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if not isinstance(items, Iterable) or len(items) > 1000:
+        return ""
+    found = [
+        name
+        for each in items
+        if (name := registry.function_name(each) if isinstance(each, nn.Module) else (_held_function(each) or ("",))[0])
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+_GRID = torch.linspace(-4, 4, 64)
+
+
+def _foreign_function(module: nn.Module) -> str | None:
+    """The name of the function of an activation module of another library, or of one's own; None if it is none.
+
+    That is a module without children, parameters and buffers whose forward takes one tensor, and computes something
+    elementwise that is no straight line.
+    """
+    space = f"{type(module).__module__}."
+    if space.startswith(("torch.", "lightning_noisy.")) or module._modules or module._parameters or module._buffers:
+        return None
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        if len(needed) != 1 or parameters[0] is not needed[0]:
+            return None
+        twin = copy.copy(module)
+        with torch.no_grad(), torch.random.fork_rng([]):
+            y = twin.forward(_GRID.clone())
+            if not isinstance(y, Tensor) or y.shape != _GRID.shape or not y.is_floating_point():
+                return None
+            if not torch.equal(twin.forward(_GRID.flip(0).view(8, 8)).view(-1).flip(0), y):
+                return None
+        bends = (y[2:] - 2 * y[1:-1] + y[:-2]).abs().amax()
+        if not bends > 1e-4:
+            return None
+        for name, cls in registry.PLAIN.items():
+            if name not in ("prelu", "rrelu") and torch.allclose(cls()(_GRID), y, atol=2e-3):
+                return name
+    except Exception:
+        return None
+    return type(module).__name__.lower()
+
+
+def _function_of(module: nn.Module) -> str | None:
+    return registry.function_name(module) or _foreign_function(module)
+
+
+def _recurrent_function(module: nn.Module) -> str:
+    return "relu" if "RELU" in str(getattr(module, "mode", getattr(module, "nonlinearity", ""))).upper() else "tanh"
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(
+        module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    )
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

@@ -1,8 +1,8 @@
 """Activations in one sweep over the memory: value, derivative, moments and gradients, a block at a time.
 
 A block stays in the cache while all that is needed of it is computed. On the CPU that is what the time goes into. The
-readable references are ``normalize_output`` in ``functional.normalized`` with ``functional.moments``, and ``output_noise`` in
-``functional.noisy``.
+readable references are ``normalize_output`` in ``functional.normalized`` with ``functional.moments``, and
+``output_noise`` in ``functional.noisy``.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int =
         sums[3] += float(torch.dot(shifted, shifted))
         sums[4] += float(torch.dot(slope, slope))
     first_x, second_x, first_y, second_y, slopes = (total / count for total in sums)
-    return Moments(origin_x + first_x, second_x - first_x**2, origin_y + first_y, second_y - first_y**2, slopes)
+    var_x, var_y = second_x - first_x * first_x, second_y - first_y * first_y
+    return Moments(origin_x + first_x, var_x, origin_y + first_y, var_y, slopes)
 
 
 def rescale_(y: Tensor, scale: float, shift: float) -> None:
@@ -274,7 +275,7 @@ class OutputNoise:
         """
         draws = sampler()
         size = 2 * draws.pairs
-        line_, delta_, t_ = (torch.empty(min(size, x.numel())) for _ in range(3))
+        line_, delta_, t_ = (torch.empty(min(size, x.numel()), dtype=torch.float32) for _ in range(3))
         for start in range(0, x.numel(), size):
             part, value, kept = (tensor[start : start + size] for tensor in (x, y, weight))
             count = part.numel()
@@ -293,7 +294,7 @@ class OutputNoise:
     def backward(self, x: Tensor, weight: Tensor, gradient: Tensor, out: Tensor) -> float:
         """Write the gradient of ``x`` into ``out``, and return that of p; arguments as in :meth:`forward`."""
         k = self._k() * math.sqrt(2)
-        line_, delta_ = (torch.empty(min(_BLOCK, x.numel())) for _ in range(2))
+        line_, delta_ = (torch.empty(min(_BLOCK, x.numel()), dtype=torch.float32) for _ in range(2))
         total = 0.0
         for part, kept, incoming, outgoing in _blocks(x, weight, gradient, out):
             count = part.numel()
@@ -308,7 +309,7 @@ class OutputNoise:
 
     def expectation(self, x: Tensor, y: Tensor) -> None:
         """Write E[φ] into ``y``; arguments as in :meth:`forward`."""
-        line_, delta_, t_ = (torch.empty(min(_BLOCK, x.numel())) for _ in range(3))
+        line_, delta_, t_ = (torch.empty(min(_BLOCK, x.numel()), dtype=torch.float32) for _ in range(3))
         for part, value in _blocks(x, y):
             count = part.numel()
             line = self._line(part, line_[:count])

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from math import sqrt
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Key", "Sampler", "add_gaussian_", "gaussian", "gaussian_at", "gaussian_like", "stream_key", "substream"]
 
@@ -196,15 +197,18 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
     Returns:
         Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
     """
-    if x.device.type != "cpu":
-        return erfinv_at((first, second), torch.arange(x.numel(), device=x.device).view(x.shape)) * sqrt(2)
-    if torch.compiler.is_compiling():  # compiled for a CPU, the hash takes ten times as long as the sampler
-        drawn: Tensor = _on_cpu(x, first, signed(second))
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
+    compiling = torch.compiler.is_compiling()
+    # Compiled for a CPU, the hash takes ten times as long as the sampler.
+    if (transformed and not compiling) or (compiling and x.device.type == "cpu"):
+        drawn: Tensor = _as_operator(x.detach(), first, signed(second))
         return drawn
     return _drawn(x, first, second)
 
 
 def _drawn(x: Tensor, first: Tensor, second: int) -> Tensor:
+    if x.device.type != "cpu":
+        return erfinv_at((first, second), torch.arange(x.numel(), device=x.device).view(x.shape)) * sqrt(2)
     numbers = torch.empty(x.shape, dtype=torch.float32)
     flat = numbers.view(-1)
     offset, start, draws = int(first), 0, sampler()
@@ -217,10 +221,22 @@ def _drawn(x: Tensor, first: Tensor, second: int) -> Tensor:
     return numbers
 
 
-_on_cpu = torch.library.custom_op("lightning_noisy::gaussian_like", _drawn, mutates_args=(), device_types="cpu")
+_as_operator = torch.library.custom_op("lightning_noisy::gaussian_like", _drawn, mutates_args=())
 
 
-@_on_cpu.register_fake
+@_as_operator.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, first: Tensor, second: int) -> tuple[Tensor, int]:
+    """Every element of the whole batch has a number of its own; or, of several streams, each its own stream."""
+    size = info.batch_size
+    of_x, of_first = in_dims[:2]
+    if of_first is None and of_x is not None:
+        return _as_operator(x.movedim(of_x, 0), first, second), 0
+    parts = [x] * size if of_x is None else x.movedim(of_x, 0).unbind()
+    streams = [first] * size if of_first is None else first.movedim(of_first, 0).unbind()
+    return torch.stack([_as_operator(part, each, second) for part, each in zip(parts, streams, strict=True)]), 0
+
+
+@_as_operator.register_fake
 def _(x: Tensor, first: Tensor, second: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 

@@ -148,9 +148,10 @@ def input_noise(x: Tensor, xi: Tensor, sigma: Tensor | float, *, function: HardF
 def expected_input_noise(x: Tensor, sigma: Tensor | float, *, function: HardFunction) -> Tensor:
     r"""What evaluation uses, :math:`E[h(x + \sigma \xi)]`; arguments as in :func:`input_noise`.
 
-    A closed form where h clips a line: with :math:`\psi(t) = t \Phi(t) + \varphi(t)`, the expectation of
-    :math:`\max(y, 0)` for y of mean m and standard deviation s is :math:`s \psi(m / s)`. For other h, Gauss-Hermite
-    quadrature with 32 nodes, which is inexact in the third digit or so where h has a kink.
+    A closed form where h clips a line: the expectation of :math:`\max(y, 0)` for y of mean m and standard deviation s
+    is :math:`\max(m, 0) + s\, g(|m| / s)` with :math:`g(t) = \varphi(t) - t\, \Phi(-t)`, so that each bound adds what
+    it rounds off; where σ = 0 it is h. For other h, Gauss-Hermite quadrature with 32 nodes, which is inexact in the
+    third digit or so where h has a kink.
 
     >>> expected_input_noise(torch.tensor([0.0]), 1.0, function=HARD["relu"])  # 1 / sqrt(2 pi)
     tensor([0.3989])
@@ -163,14 +164,16 @@ def expected_input_noise(x: Tensor, sigma: Tensor | float, *, function: HardFunc
     scale = (sigma * function.slope).clamp_min(_SMALLEST_SCALE)
     lower, upper = function.bounds
     line = function.linear(x)
-    expected = lower + _expected_relu(line - lower, scale)
-    return expected if upper == math.inf else expected - _expected_relu(line - upper, scale)
+    added = _rounded_off(line - lower, scale)
+    if upper != math.inf:
+        added = added - _rounded_off(line - upper, scale)
+    return function.hard(x) + torch.where(sigma > 0, added, 0)
 
 
-def _expected_relu(mean: Tensor, scale: Tensor) -> Tensor:
-    t = mean / scale
-    expected: Tensor = mean * torch.special.ndtr(t) + scale * torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
-    return expected
+def _rounded_off(distance: Tensor, scale: Tensor) -> Tensor:
+    t = (distance.abs() / scale).clamp_max(40)  # where it is 0
+    g: Tensor = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi) - t * torch.special.ndtr(-t)
+    return scale * g
 
 
 def _hermite(count: int, like: Tensor) -> tuple[Tensor, Tensor]:

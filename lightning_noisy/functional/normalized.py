@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,30 @@ def normalize_output(output: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     Returns:
         Tensor of the shape and dtype of ``output``.
     """
-    return (output - shift.to(output.dtype)) * scale.to(output.dtype)
+    centred = output - shift.to(output.dtype)
+    if output.dtype.itemsize < 4 and scale.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Scaled.apply(centred, scale))
+    return centred * scale.to(output.dtype)
+
+
+class _Scaled(torch.autograd.Function):
+    """A product in half precision whose factor's gradient, a sum over all elements, is taken in the factor's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(centred: Tensor, scale: Tensor) -> Tensor:
+        return centred * scale.to(centred.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        centred, scale = ctx.saved_tensors
+        of_scale = (gradient.to(scale.dtype) * centred.to(scale.dtype)).sum_to_size(scale.shape)
+        return gradient * scale.to(centred.dtype), of_scale
 
 
 def update_running(

@@ -112,8 +112,9 @@ def gains(function: Callable[[Tensor], Tensor], sigma: float = 1.0) -> Gains:
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0, got {sigma!r}.")
-    h, weights = _normal_nodes()
-    h = h * sigma
+    with torch.device("cpu"):
+        h, weights = _normal_nodes()
+        h = h * sigma
     if isinstance(function, nn.Module):
         function = copy.deepcopy(function).to("cpu", torch.float64).eval()
     with torch.no_grad():
@@ -141,7 +142,7 @@ def gpn_constants(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         (a, b).
 
     Raises:
-        ValueError: if f is flat, so that there is no a.
+        ValueError: if f is flat, so that there is no a, or jumps, so that Var f > E[f'^2] and there is no b.
 
     >>> [round(number, 4) for number in gpn_constants(torch.tanh)]
     [1.4674, 0.3885]
@@ -150,7 +151,10 @@ def gpn_constants(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     if not at.rho_prime > 0:
         raise ValueError(f"{function!r} has no gradient at N(0, 1), so that no factor brings its square to 1.")
     a = at.rho_prime**-0.5
-    return a, -a * at.mean + math.sqrt(max(0.0, 1 - a**2 * at.centred_rho))  # Var f <= E[f'^2]: Poincaré
+    rest = 1 - a**2 * at.centred_rho  # >= 0 where f is continuous: Poincaré
+    if rest < -1e-6:
+        raise ValueError(f"{function!r} jumps: no shift brings its square to 1.")
+    return a, -a * at.mean + math.sqrt(max(0.0, rest))
 
 
 def _normal_nodes() -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["largest_slope", "slope", "value_and_slope"]
+__all__ = ["largest_slope", "slope", "value_and_slope", "works_in_place"]
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -39,15 +40,36 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _autograd_slope(function: Elementwise, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # which traces torch.func, and not a backward pass within a forward pass
-        gradient: Tensor = torch.func.grad(lambda leaf: function(leaf).sum())(x)
-        return gradient
+    # Compilers, transforms and tracers don't follow a backward pass within a forward pass.
+    if torch.compiler.is_dynamo_compiling():
+        derivative: Tensor = torch.func.grad(lambda leaf: function(leaf).sum())(x)
+        return derivative
+    inside = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if inside or type(x) not in (Tensor, nn.Parameter):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts something at its first use of it
+            derivative = torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        return derivative
     # Hooks of an outer context, such as activation checkpointing, are not to count what is saved here.
     hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     with torch.inference_mode(False), torch.enable_grad(), hooks:
         leaf = x.clone().detach().requires_grad_()
         # Another copy lets functions that work in place do so: autograd refuses that on a leaf.
-        return torch.autograd.grad(function(leaf.clone()).sum(), leaf)[0]
+        y = function(leaf.clone())
+        return torch.autograd.grad(y.sum(), leaf)[0] if y.requires_grad else torch.zeros_like(x)  # a step has none
+
+
+@torch.no_grad()
+def works_in_place(function: Elementwise) -> bool:
+    """Whether a function overwrites its argument, as far as three numbers show."""
+    x = torch.tensor([-1.0, 0.5, 2.0], device="cpu", dtype=torch.float32)
+    before = x.clone()
+    try:
+        with torch.random.fork_rng([]):
+            (function.forward if isinstance(function, nn.Module) else function)(x)
+    except Exception:
+        return False
+    return not torch.equal(x, before)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lightning_noisy.functional.scores import gpn_constants
+from lightning_noisy.functional.slopes import works_in_place
 
 __all__ = ["GPNActivation"]
 
@@ -29,7 +30,7 @@ class GPNActivation(nn.Module):
 
     Raises:
         TypeError: if ``function`` is not callable.
-        ValueError: if it has no such constants.
+        ValueError: if it has no such constants, or works in place.
 
     >>> GPNActivation(nn.Tanh())
     GPNActivation(
@@ -42,6 +43,8 @@ class GPNActivation(nn.Module):
         super().__init__()
         if not callable(function):
             raise TypeError(f"function must be an elementwise callable, got {function!r}.")
+        if works_in_place(function):
+            raise ValueError(f"function must not work in place, got {function!r}. Use inplace=True here instead.")
         self.function = function
         self.inplace = inplace
         self.scale, self.shift = gpn_constants(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lightning_noisy.functional import fused, noisy
 from lightning_noisy.functional.gaussian import gaussian_like
 from lightning_noisy.functional.noisy import HARD, HardFunction
-from lightning_noisy.nn.recomputing import is_recomputing
+from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
 
@@ -27,9 +28,9 @@ class NoisyActivation(nn.Module):
 
     Noise is drawn anew for each element in each forward pass in training mode; evaluation uses the expectation. It
     comes from a stream of the module's own, which differs between ranks (they see other samples) and goes on after a
-    resume: the global random states are neither used nor changed, and with ``c = 0`` a run is bit for bit the one
-    without noise. Activation checkpointing repeats the noise, as long as a checkpointed module is called once per
-    backward pass.
+    resume (a ``deepcopy`` repeats the noise of its original until ``reset_parameters``): the global random states are
+    neither used nor changed, and with ``c = 0`` a run is bit for bit the one without noise. Activation checkpointing
+    repeats the noise, as long as a checkpointed module is called once per backward pass.
 
     Computed in float32 (float64 for double precision); the output has the input's dtype.
 
@@ -83,13 +84,15 @@ class NoisyActivation(nn.Module):
         self.noise = noise
         self.inplace = inplace
         self.p = nn.Parameter(torch.empty(num_parameters, device=device, dtype=dtype)) if self.learns_scale else None
-        self.register_buffer("c", torch.tensor(float(c), dtype=torch.float32, device=device), persistent=False)
+        self._first_c = float(c)
+        self.register_buffer("c", torch.empty((), dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("noise_state", torch.zeros(2, dtype=torch.long, device=device))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw p and the seed of the noise anew, from torch's global generator."""
+        """Draw p and the seed of the noise anew, from torch's global generator; c is as at the start."""
+        self.c.fill_(self._first_c)
         if self.p is not None:
             self.p.uniform_(-1, 1)
         self.noise_state.copy_(torch.stack([torch.randint(2**62, ()), torch.tensor(0)]))
@@ -97,7 +100,7 @@ class NoisyActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the noisy activation, in evaluation mode its expectation."""
         x = input.clone() if self.inplace else input
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             output = self._train(x) if self.training else self._expected(x)
         output = output.to(input.dtype)
@@ -119,11 +122,15 @@ class NoisyActivation(nn.Module):
         """P in the dtype of ``x``, and broadcastable to it."""
         assert self.p is not None
         p = self.p.to(x.dtype)
-        return p if p.numel() == 1 or x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
+        if p.numel() == 1:
+            return p.squeeze()
+        return p if x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
 
     def _next_key(self) -> tuple[Tensor, int]:
         """The key of this pass's noise; the last one's once more where checkpointing repeats the pass."""
-        if not is_recomputing():
+        if torch.compiler.is_dynamo_compiling():
+            self.noise_state[1] += 1 - recomputing(self.noise_state).long()
+        elif not is_recomputing():
             self.noise_state[1] += 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         return self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW, (rank + 1) * _NEXT_RANK % 2**64
@@ -152,6 +159,8 @@ class _OutputNoise(NoisyActivation):
 
     def __init__(self, function: Function = "tanh", *, alpha: float = 1.15, **options: Any) -> None:
         super().__init__(function, **options)
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
         self.alpha = float(alpha)
 
     def _train(self, x: Tensor) -> Tensor:

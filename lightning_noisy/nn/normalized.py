@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lightning_noisy.functional import fused
 from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
-from lightning_noisy.functional.slopes import slope, value_and_slope
-from lightning_noisy.nn.recomputing import is_recomputing
+from lightning_noisy.functional.slopes import slope, value_and_slope, works_in_place
+from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 
@@ -121,7 +121,7 @@ class NormalizedActivation(nn.Module):
         super().__init__()
         if not callable(function):
             raise TypeError(f"function must be an elementwise callable, got {function!r}.")
-        if getattr(function, "inplace", False) or getattr(function, "__name__", "").endswith("_"):
+        if works_in_place(function):
             raise ValueError(f"function must not work in place, got {function!r}. Use inplace=True here instead.")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum!r}.")
@@ -226,10 +226,14 @@ class NormalizedActivation(nn.Module):
             y, derivative = value_and_slope(self.function, x)
         else:
             y, derivative = self.function(x), None
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             every = slice(None, None, self.stride) if x.dim() else ()
             sample, values = x.detach()[every].to(wide), y.detach()[every].to(wide)
-            derivative = slope(self.function, sample) if derivative is None else derivative[every]
+            if derivative is None:
+                own = next(self.function.parameters(), x) if isinstance(self.function, nn.Module) else sample
+                derivative = slope(self.function, sample.to(own.dtype)).to(wide)
+            else:
+                derivative = derivative[every]
             found = moments(sample, values, derivative, self._dims(x))
             mean, rho, rho_prime = self._use(found, sample.numel())
         return normalize_output(y, self._scale(rho, rho_prime), mean)
@@ -273,6 +277,8 @@ class NormalizedActivation(nn.Module):
     def _update(self, batch_mean: Tensor, batch_rho: Tensor, batch_rho_prime: Tensor) -> None:
         """Apply Eq. 16-18 to the buffers, without a data-dependent branch (no host sync)."""
         usable = _usable(batch_mean, batch_rho, batch_rho_prime)
+        if torch.compiler.is_dynamo_compiling():
+            usable = usable & ~recomputing(self.running_mean)
         follow = partial(update_running, momentum=self.momentum, bounds=self.bounds)
         next_rho, rho_accepted = follow(self.running_rho, batch_rho)
         next_rho_prime, rho_prime_accepted = follow(self.running_rho_prime, batch_rho_prime)
@@ -294,7 +300,7 @@ class NormalizedActivation(nn.Module):
         batch_rho = found.var_y / found.var_x if found.var_x > 0 else math.nan
         if not (batch_rho > _SMALLEST_GAIN and batch_rho_prime > _SMALLEST_GAIN):
             return
-        if not math.isfinite(batch_mean + batch_rho + batch_rho_prime):
+        if not abs(batch_mean) + batch_rho + batch_rho_prime < torch.finfo(torch.float32).max:  # else, or NaN
             return
         rejected = int(self.num_rejected)
         running = (self.running_mean, self.running_rho, self.running_rho_prime)

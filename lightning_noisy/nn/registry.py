@@ -143,10 +143,15 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("it is no single call")
+        if call.args or not all(keyword.arg for keyword in call.keywords):
             raise ValueError("there are arguments without a name")
-        return name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError("an option is given twice")
+        return name, options
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"{spec!r} must be a name, or a name with literals as options, such as 'nah(alpha=1.15)': {error}."
         ) from None
@@ -188,6 +193,7 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
     """
     name, written = parse(name)
     options = {**written, **options}
+    function = _ALIASES.get(function, function) if isinstance(function, str) else function
     check_name(name, names(), what="the name of an activation")
     if name in NOISY:
         hard = SATURATING.get(function, function) if isinstance(function, str) else function

@@ -3,12 +3,12 @@ import torch
 from torch import nn
 
 from lightning_noisy import fold_normalization, replace_activations
-from lightning_noisy.nn import NormalizedActivation
+from lightning_noisy.nn import NormalizedActivation, NSwish
 
 
 def trained(model, x, to="nsw"):
     """Swapped, with running values and parameters that aren't those of the beginning."""
-    replace_activations(model, to)
+    replace_activations(model, to, after_residual=True)
     for scale in (1.0, 2.0):
         model(scale * x + 0.3)
     with torch.no_grad():
@@ -56,7 +56,7 @@ class Branches(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.twice, self.branch, self.output = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.twice, self.branch, self.output = NSwish(), nn.ReLU(), nn.ReLU()
         self.padded, self.conv = nn.ReLU(), nn.Conv1d(1, 1, 3, padding=1)
         self.shared_by, self.shared = nn.ReLU(), nn.Linear(4, 4)
         self.several, self.q, self.k = nn.ReLU(), nn.Linear(4, 2), nn.Linear(4, 2)
@@ -137,3 +137,35 @@ def test_a_model_that_does_what_can_not_be_seen_is_left_as_it_was():
 def test_only_modules_are_folded():
     with pytest.raises(TypeError, match="model must be an nn.Module, got 3"):
         fold_normalization(3, torch.randn(1))
+
+
+class Kept(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.act, self.fc, self.way = NSwish(), nn.Linear(6, 6), way
+
+    def forward(self, x):
+        y = self.act(x)
+        if self.way == "attribute":
+            self.feature = y
+        if self.way == "chunk":
+            return self.fc(y)[:, :3] + torch.mul(*torch.chunk(y, 2, -1))
+        return self.fc(y)
+
+
+@pytest.mark.parametrize("way", ["attribute", "chunk", "hook"])
+def test_what_else_is_used_or_kept_stays(way):
+    model, x = Kept(way), torch.randn(5, 6)
+    model(x)
+    if way == "hook":
+        model.act.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="These activations stay normalized: act"):
+        fold_normalization(model, x)
+    assert type(model.act) is NSwish
+
+
+def test_output_that_is_not_finite_is_refused():
+    model = nn.Sequential(NSwish(), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        fold_normalization(model, torch.full((3, 2), torch.nan))
+    assert type(model[0]) is NSwish

@@ -301,12 +301,8 @@ def test_replace_is_all_or_nothing():
 
 @pytest.mark.parametrize("to", ["nsw", {"tanh": "nsw"}])
 def test_replacing_nothing_warns_with_the_remedy(to):
-    class Functional(nn.Module):
-        def forward(self, x):
-            return torch.relu(x)
-
-    with pytest.warns(UserWarning, match=r"replaced nothing. It has no activation modules.*make them modules"):
-        replace_activations(Functional(), to)
+    with pytest.warns(UserWarning, match=r"replaced nothing. No activation was found in it"):
+        replace_activations(nn.Linear(1, 1), to)
     with pytest.warns(UserWarning, match=r"replaced nothing. Found 1 \(sigmoid\). Name functions in a mapping"):
         replace_activations(nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()), to)
 

@@ -63,3 +63,18 @@ def test_noisy_defaults_are_the_authors(name, alpha, c):
     module = registry.create(name)
     assert getattr(module, "alpha", None) == alpha
     assert module.c.item() == pytest.approx(c)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["nah(c=1)(alpha=2)", "nah(c=1).x(alpha=2)", "nah(c=1, c=2)", "nah(c={[]})", "nah(c=" + "-" * 100_000 + "1)"],
+)
+def test_what_is_no_single_call_is_refused(spec):
+    with pytest.raises(ValueError, match="must be a name, or a name with literals"):
+        registry.parse(spec)
+
+
+def test_aliases_name_functions_too():
+    assert isinstance(registry.create("normalized", function="swish").function, nn.SiLU)
+    with pytest.raises(ValueError, match="alpha must be a finite number, got inf"):
+        registry.create("nah(alpha=1e999)")

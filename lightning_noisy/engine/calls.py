@@ -1,0 +1,527 @@
+"""Activation functions that a module's own code calls: finding the calls, and sending them to modules instead.
+
+The source of the methods is read, not run. A class made anew from it, with the module's class as its base, has
+``self.activation_calls["relu#0"](x)`` where the source has ``F.relu(x)``; all else stays as it is written, down to the
+line numbers of tracebacks. So a call stays with the code that makes it: checkpointing repeats it, compilers see it, and
+nothing is intercepted.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import builtins
+import copy
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CellType, CodeType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_noisy.nn import registry
+
+__all__ = ["Call", "CallSites", "UnreadError", "calls_of", "own_class", "plain_module", "send_calls"]
+
+NAME = "activation_calls"  # of the child with the modules
+_ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
+_FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+
+# Functions that torch has for its activation modules, with their names and whether they work in place.
+FUNCTIONS: dict[object, tuple[str, bool]] = {
+    getattr(space, name + suffix): (name, bool(suffix))
+    for name in registry.PLAIN
+    if name != "prelu"  # whose weight is passed to it
+    for space in (F, torch)
+    for suffix in ("", "_")
+    if hasattr(space, name + suffix)
+}
+METHODS = {
+    name + suffix: (name, bool(suffix))
+    for name in ("relu", "sigmoid", "tanh", "hardshrink")
+    for suffix in ("", "_")
+    if hasattr(Tensor, name + suffix)
+}
+_MODULES = {cls: name for name, cls in registry.PLAIN.items() if name != "prelu"}
+
+Position = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in the source of a module's class.
+
+    Attributes:
+        method: name of the method that it is in.
+        position: first line and column, last line and column, in the method's source.
+        key: ``"relu#0"`` for the first call of a ReLU; the child's name for the use of a child, ``"relu"``, and
+            ``"relu#2"`` for its second use.
+        kind: ``"function"``, ``"method"``, ``"inline"`` or ``"module"``.
+        function: plain name of the function.
+        in_loop: whether one pass may come by several times.
+        child: name of the child that is called, for the kind ``"module"``.
+        plain: what the call computes, as a module; None for a child, or where that can't be read.
+    """
+
+    method: str
+    position: Position
+    key: str
+    kind: str
+    function: str
+    in_loop: bool
+    child: str | None = None
+    plain: nn.Module | None = field(default=None, compare=False)
+
+
+class UnreadError(Exception):
+    """Says why a method's source can't be used."""
+
+
+class CallSites(nn.ModuleDict):
+    """The modules that a module's own calls go to, by the calls' keys.
+
+    Where one call is passed several times in a forward pass, each pass has its own: ``"relu#0"``, ``"relu#0@2"``, ...
+    """
+
+    def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
+        super().__init__(modules)
+        self._passes: dict[str, int] = {}
+
+    def restart(self) -> None:
+        """Begin a forward pass."""
+        self._passes = {}
+
+    def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
+        """The module for the next pass of a call; ``first`` for the first one, if it is not here."""
+        count = self._passes[key] = self._passes.get(key, 0) + 1
+        if count == 1:
+            return self[key] if first is None else first
+        name = f"{key}@{count}"
+        if name not in self:
+            raise RuntimeError(
+                f"The call {key!r} is passed {count} times in one forward pass, the example inputs showed"
+                f" {count - 1}. Replace the activations with example_inputs that take the longest way."
+            )
+        return self[name]
+
+
+@functools.cache
+def _source(function: FunctionType) -> tuple[ast.FunctionDef, int]:
+    """The definition of a function, and the number of its first line."""
+    try:
+        lines, first = inspect.getsourcelines(function.__code__)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, TypeError) as error:
+        raise UnreadError(f"there is no source to read ({error})") from None
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+        raise UnreadError("it is no plain method")
+    return tree.body[0], first
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, as it was written."""
+    return cast(type[nn.Module], getattr(type(module), "_written_class", type(module)))
+
+
+def _method(cls: type, name: str) -> FunctionType | None:
+    """A method that is somebody's own, without its decorators."""
+    found = inspect.getattr_static(cls, name, None)
+    found = inspect.unwrap(found) if callable(found) else None
+    if not isinstance(found, FunctionType) or f"{found.__module__}.".startswith(_FOREIGN):
+        return None
+    return found if found.__code__.co_argcount else None
+
+
+def calls_of(owner: nn.Module, name_of: Callable[[nn.Module], str | None]) -> tuple[list[Call], list[str]]:
+    """The calls of activation functions, and of children that are activations, in the code of a module's class.
+
+    Args:
+        owner: any module. Nothing of it is run.
+        name_of: the plain name of a module's function, if it is an activation.
+
+    Returns:
+        The calls in the order of the source, from ``forward`` on (or from Lightning's steps) through the methods that
+        it calls; and for what could not be read the reasons.
+    """
+    cls, found, reasons = own_class(owner), list[Call](), list[str]()
+    counts: dict[str, int] = {}
+    waiting, seen = [name for name in _ENTRIES if hasattr(cls, name)], set[str]()
+    while waiting:
+        name = waiting.pop(0)
+        function = _method(cls, name)
+        if name in seen or function is None:
+            continue
+        seen.add(name)
+        try:
+            tree, _ = _source(function)
+        except UnreadError as reason:
+            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
+            if mentioned:
+                reasons.append(f"{name}, which mentions {', '.join(mentioned)}: {reason}")
+            continue
+        reader = _Reader(owner, function, name, counts, name_of)
+        reader.visit(tree)
+        found += reader.calls
+        reasons += reader.reasons
+        waiting += [each for each in reader.methods if each not in seen]
+    return found, reasons
+
+
+_NAMES = {name + suffix for name in registry.PLAIN for suffix in ("", "_")} | {cls.__name__ for cls in _MODULES}
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects the calls in one method."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        function: FunctionType,
+        name: str,
+        counts: dict[str, int],
+        name_of: Callable[[nn.Module], str | None],
+    ) -> None:
+        self.name_of = name_of
+        self.owner, self.function, self.name, self.counts = owner, function, name, counts
+        self.self_name = function.__code__.co_varnames[0]
+        self.local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self.free = {key: cell.cell_contents for key, cell in cells if _is_set(cell)}
+        self.calls: list[Call] = []
+        self.methods: list[str] = []
+        self.reasons: list[str] = []
+        self.loops = 0
+
+    def visit_For(self, node: ast.For) -> None:
+        self.visit(node.iter)
+        self._in_loop(node)
+
+    def visit_While(self, node: ast.While) -> None:
+        self._in_loop(node)
+
+    def visit(self, node: ast.AST) -> None:
+        """Visit a node; of a comprehension or a lambda as of a loop."""
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)):
+            self._in_loop(node)
+        else:
+            super().visit(node)
+
+    def _in_loop(self, node: ast.AST) -> None:
+        self.loops += 1
+        for name, value in ast.iter_fields(node):
+            if not (isinstance(node, ast.For) and name == "iter"):
+                for each in value if isinstance(value, list) else [value]:
+                    if isinstance(each, ast.AST):
+                        self.visit(each)
+        self.loops -= 1
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        nested = node.name != self.function.__name__
+        self.loops += nested
+        for statement in node.body:
+            self.visit(statement)
+        self.loops -= nested
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        if any(isinstance(argument, ast.Starred) for argument in node.args):
+            return
+        own = _attribute_of(node.func, self.self_name)
+        if own is not None:
+            child = self.owner._modules.get(own)
+            if child is not None:
+                function = self.name_of(child)
+                if function and len(node.args) == 1:
+                    count = self.counts[own] = self.counts.get(own, 0) + 1
+                    self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
+            elif callable(getattr(type(self.owner), own, None)):
+                self.methods.append(own)
+            return
+        if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
+            self._inherited(node.func.attr)
+            return
+        known = self._resolve(node.func)
+        if _hashable(known) and known in FUNCTIONS:
+            name, inplace = FUNCTIONS[known]
+            self._add_function(node, "function", name, inplace, node.args[1:])
+        elif isinstance(node.func, ast.Call) and len(node.args) == 1:
+            cls, inner = self._resolve(node.func.func), node.func
+            if inspect.isclass(cls) and cls in _MODULES:
+                self._add_function(node, "inline", _MODULES[cls], False, inner.args, inner.keywords)
+        elif isinstance(known, nn.Module) and len(node.args) == 1 and not node.keywords:  # one outside of all modules
+            if function := self.name_of(known):
+                count = self.counts[function] = self.counts.get(function, -1) + 1
+                self._add(node, f"{function}#{count}", "inline", function, plain=copy.copy(known))
+        elif (
+            isinstance(node.func, ast.Attribute)
+            and known is _UNKNOWN
+            and node.func.attr in METHODS
+            and not (node.args or node.keywords)
+        ):
+            name, inplace = METHODS[node.func.attr]
+            self._add_function(node, "method", name, inplace, [])
+
+    def _inherited(self, name: str) -> None:
+        """Name what a class above does in a method that is extended here."""
+        mro = own_class(self.owner).__mro__
+        defining = next((i for i, cls in enumerate(mro) if cls.__dict__.get(self.name) is not None), 0)
+        above = next((cls for cls in mro[defining + 1 :] if name in cls.__dict__), None)
+        function = _method(above, name) if above else None
+        if function is not None and (mentioned := sorted(set(function.__code__.co_names) & _NAMES)):
+            self.reasons.append(f"super().{name}, which mentions {', '.join(mentioned)}")
+
+    def _add_function(
+        self,
+        node: ast.Call,
+        kind: str,
+        name: str,
+        inplace: bool,
+        arguments: list[ast.expr],
+        keywords: list[ast.keyword] | None = None,
+    ) -> None:
+        if kind == "function" and not node.args and not any(each.arg == "input" for each in node.keywords):
+            return
+        count = self.counts[name] = self.counts.get(name, -1) + 1
+        try:
+            options = {
+                str(each.arg): self._value(each.value)
+                for each in (node.keywords if keywords is None else keywords)
+                if each.arg not in ("input", "training")
+            }
+            plain = plain_module(name, *map(self._value, arguments), **options)
+            if inplace:
+                plain.inplace = True  # type: ignore[assignment]
+        except (UnreadError, TypeError, ValueError):
+            plain = None
+        self._add(node, f"{name}#{count}", kind, name, plain=plain)
+
+    def _add(self, node: ast.Call, key: str, kind: str, function: str, **more: Any) -> None:
+        self.calls.append(Call(self.name, _position(node), key, kind, function, self.loops > 0, **more))
+
+    def _resolve(self, node: ast.expr) -> Any:
+        """What an expression of names and attributes stands for, if that is no local variable."""
+        if isinstance(node, ast.Name):
+            if node.id in self.free:
+                return self.free[node.id]
+            if node.id in self.local:
+                return _UNKNOWN
+            return self.function.__globals__.get(node.id, getattr(builtins, node.id, _UNKNOWN))
+        if isinstance(node, ast.Attribute):
+            base = self._resolve(node.value)
+            return _UNKNOWN if base is _UNKNOWN else getattr(base, node.attr, _UNKNOWN_ATTRIBUTE)
+        return _UNKNOWN
+
+    def _value(self, node: ast.expr) -> Any:
+        """A literal, or a plain attribute of the module."""
+        attribute = _attribute_of(node, self.self_name)
+        if attribute is not None:
+            value = getattr(self.owner, attribute, None)
+            if isinstance(value, (bool, int, float, str)):
+                return value
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise UnreadError("an argument is known only when it runs") from None
+
+
+_UNKNOWN, _UNKNOWN_ATTRIBUTE = object(), object()
+
+
+def plain_module(name: str, *arguments: Any, **options: Any) -> nn.Module:
+    """The module of torch that computes what a function does with these arguments."""
+    if name == "softmax":
+        raise UnreadError
+    return registry.PLAIN[name](*arguments, **options)
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _hashable(value: object) -> bool:
+    return getattr(type(value), "__hash__", None) is not None
+
+
+def _attribute_of(node: ast.expr, name: str) -> str | None:
+    """``"a"`` for ``self.a``."""
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+    return cast(ast.Attribute, node).attr if is_own else None
+
+
+def _position(node: ast.Call) -> Position:
+    return node.lineno, node.col_offset, cast(int, node.end_lineno), cast(int, node.end_col_offset)
+
+
+# What to write in the place of a call: method, position, key, child, whether passes are counted.
+_Sent = tuple[str, Position, str, str | None, bool]
+
+
+def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
+    """Let the module's code call modules in the place of functions; of a child's first use in a pass, the child.
+
+    Args:
+        owner: of the class that the calls were found in.
+        calls: each with its modules, one for each pass of it; for a child's first use those of the further passes.
+
+    Raises:
+        Unread: if the class can't be written anew.
+    """
+    modules: dict[str, nn.Module] = {}
+    sent: list[_Sent] = []
+    for call, of_passes in calls:
+        first_is_child = call.key == call.child
+        names = [call.key, *(f"{call.key}@{count}" for count in range(2, len(of_passes) + 1 + first_is_child))]
+        modules |= dict(zip(names[first_is_child:], of_passes, strict=True))
+        if of_passes:
+            sent.append((call.method, call.position, call.key, call.child, len(names) > 1))
+    cls = own_class(owner)
+    owner.__class__ = _written(cls, tuple(sent)) if sent else cls  # type: ignore[arg-type]
+    if modules:
+        owner.add_module(NAME, CallSites(modules).train(owner.training))
+    else:
+        owner._modules.pop(NAME, None)
+
+
+@functools.cache
+def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
+    """The class with its calls sent."""
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_written_class": cls,
+        "__reduce_ex__": lambda self, protocol: (_new, (cls, sent), *cls.__reduce_ex__(self, protocol)[2:]),
+    }
+    counted = any(each[-1] for each in sent)
+    for name in {each[0] for each in sent} | (
+        {entry for entry in _ENTRIES if _method(cls, entry)} if counted else set()
+    ):
+        outermost = inspect.getattr_static(cls, name)
+        function = cast(FunctionType, inspect.unwrap(outermost))
+        here = {position: rest for method, position, *rest in sent if method == name}
+        written = _write(function, cls, here, restart=counted and name in _ENTRIES)
+        namespace[name] = _within(outermost, function, written)
+    return cast(type[nn.Module], type(cls)(cls.__name__, (cls,), namespace))  # type: ignore[misc]
+
+
+def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
+    """An empty module of the written class, for copy and pickle."""
+    written = _written(cls, sent)  # type: ignore[arg-type]
+    return written.__new__(written)
+
+
+class _Writer(ast.NodeTransformer):
+    def __init__(self, self_name: str, here: dict[Position, Any]) -> None:
+        self.self_name, self.here = self_name, here
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        position = _position(node)
+        node = cast(ast.Call, self.generic_visit(node))
+        if position not in self.here:
+            return node
+        key, child, counted = self.here[position]
+        sites: ast.expr = self._own(NAME)
+        if counted:
+            first = [self._own(child)] if key == child else []
+            module: ast.expr = ast.Call(ast.Attribute(sites, "pick", ast.Load()), [ast.Constant(key), *first], [])
+        else:
+            module = ast.Subscript(sites, ast.Constant(key), ast.Load())
+        is_method = isinstance(node.func, ast.Attribute) and not node.args and not node.keywords
+        named = next((each.value for each in node.keywords if each.arg == "input"), None)
+        x = cast(ast.Attribute, node.func).value if is_method else node.args[0] if node.args else cast(ast.expr, named)
+        return ast.copy_location(ast.Call(module, [x], []), node)
+
+    def _own(self, name: str) -> ast.expr:
+        return ast.Attribute(ast.Name(self.self_name, ast.Load()), name, ast.Load())
+
+
+def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
+    """A method with its calls sent."""
+    tree, first = _source(function)
+    self_name = function.__code__.co_varnames[0]
+    tree = cast(ast.FunctionDef, _Writer(self_name, here).visit(copy.deepcopy(tree)))
+    tree.decorator_list = []
+    if restart:
+        begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
+        docstring = ast.get_docstring(tree, clean=False) is not None
+        tree.body.insert(int(docstring), begin)
+    # Inside a class of that name private names are mangled as they were; the outer function has its free variables.
+    name = function.__qualname__.split(".")[-2] if "." in function.__qualname__ else cls.__name__
+    name = name if name.isidentifier() else cls.__name__
+    inside = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[])
+    outer = ast.parse(f"def outer({', '.join(n for n in function.__code__.co_freevars if n != '__class__')}): pass")
+    cast(ast.FunctionDef, outer.body[0]).body = [inside]
+    if hasattr(inside, "type_params") or "type_params" in getattr(ast.ClassDef, "_fields", ()):
+        inside.type_params = []  # type: ignore[attr-defined]
+    ast.increment_lineno(ast.fix_missing_locations(outer), first - 1)
+    flags = function.__code__.co_flags & _FUTURE
+    compiled = compile(outer, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    code = next(code for code in _codes(compiled) if code.co_name == function.__name__)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if missing := set(code.co_freevars) - set(cells):
+        raise UnreadError(f"the variables {', '.join(sorted(missing))} can't be found")
+    closure = tuple(cells[key] for key in code.co_freevars)
+    written = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    return cast(FunctionType, functools.update_wrapper(_with_kwdefaults(written, function), function, updated=()))
+
+
+def _with_kwdefaults(written: FunctionType, function: FunctionType) -> FunctionType:
+    written.__kwdefaults__ = function.__kwdefaults__
+    return written
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+def _within(outermost: Any, function: FunctionType, written: FunctionType) -> Any:
+    """The decorated method, with the innermost function exchanged in the closures of its decorators."""
+    if outermost is function:
+        del written.__wrapped__  # type: ignore[attr-defined]
+        return written
+    if not isinstance(outermost, FunctionType):
+        raise UnreadError(f"{outermost!r} is no function")
+    cells = []
+    found = False
+    for cell in outermost.__closure__ or ():
+        content = cell.cell_contents if _is_set(cell) else None
+        if isinstance(content, FunctionType) and _leads_to(content, function):
+            cells.append(CellType(_within(content, function, written)))
+            found = True
+        else:
+            cells.append(cell)
+    if not found:
+        raise UnreadError("its decorator hides it")
+    args = outermost.__code__, outermost.__globals__, outermost.__name__, outermost.__defaults__, tuple(cells)
+    result = _with_kwdefaults(FunctionType(*args), outermost)
+    result.__dict__.update(outermost.__dict__)
+    functools.update_wrapper(result, outermost, updated=())
+    result.__wrapped__ = written  # type: ignore[attr-defined]
+    return result
+
+
+def _leads_to(wrapper: Callable[..., Any], function: FunctionType) -> bool:
+    while True:
+        if wrapper is function:
+            return True
+        following = getattr(wrapper, "__wrapped__", None)
+        if following is None:
+            return False
+        wrapper = following
