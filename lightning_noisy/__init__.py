@@ -4,10 +4,10 @@ from lightning_noisy import functional as functional
 from lightning_noisy import metrics as metrics
 from lightning_noisy import nn as nn
 from lightning_noisy import schedules as schedules
-from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise
+from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise, load_replaced
 from lightning_noisy.engine.fold import fold_normalization
 from lightning_noisy.engine.gradient_noise import add_gradient_noise
-from lightning_noisy.engine.replace import replace_activations
+from lightning_noisy.engine.replace import replace_activations, restore_activations
 from lightning_noisy.engine.sites import activation_sites
 
 __version__ = "0.1.0"
@@ -20,5 +20,7 @@ __all__ = [
     "activation_sites",
     "add_gradient_noise",
     "fold_normalization",
+    "load_replaced",
     "replace_activations",
+    "restore_activations",
 ]

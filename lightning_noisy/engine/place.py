@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,13 @@ from torch import nn
 
 from lightning_noisy.engine.calls import NAME, Call, CallSites, UnreadError, send_calls
 from lightning_noisy.engine.sites import ActivationSite, ActivationSites
+from lightning_noisy.nn.noisy import NoisyActivation
 
-__all__ = ["Record", "place"]
+__all__ = ["MARKER", "Record", "place", "replaced_sites"]
+
+# A key in checkpoints of models that a callback has swapped: the error of loading it the plain way has it. Its value is c
+# of the noisy activations, which is in no state_dict.
+MARKER = "activations were replaced: load with lightning_noisy.load_replaced"
 
 
 class _Missing:
@@ -27,6 +33,7 @@ class Record:
         self._modules: dict[tuple[str, str], nn.Module | None] = {}
         self._attributes: dict[tuple[str, str], Any] = {}
         self._hooks: list[Any] = []
+        self.sites: set[str] = set()
 
     @classmethod
     def of(cls, model: nn.Module, *, existing: bool = False) -> Record:
@@ -44,12 +51,15 @@ class Record:
     def __copy__(self) -> Record:
         other = Record()
         other._modules, other._attributes = dict(self._modules), dict(self._attributes)
-        other._hooks = list(self._hooks)
+        other._hooks, other.sites = list(self._hooks), set(self.sites)
         return other
 
     def keep(self, model: nn.Module) -> None:
         """Leave the record with the model."""
+        if self._attribute not in model.__dict__:
+            self.add_hook(model.register_load_state_dict_pre_hook(_take_marker))
         model.__dict__[self._attribute] = self
+
 
     def set_module(self, model: nn.Module, owner: str, key: str, module: nn.Module) -> None:
         """Register a child, in place of what has its name."""
@@ -95,6 +105,14 @@ class Record:
         del model.__dict__[self._attribute]
 
 
+def _take_marker(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    c = state_dict.pop(prefix + MARKER, None)
+    if c is not None and math.isfinite(c):
+        for module in model.modules():
+            if isinstance(module, NoisyActivation):
+                module.c.fill_(float(c))
+
+
 def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module], record: Record) -> None:
     """Put modules into the places of sites.
 
@@ -123,7 +141,13 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
             and not all(getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
         ):
             record.set_attribute(model, name, "use_nested_tensor", False)  # a layout for that kernel alone
+    record.sites |= set(made)
     record.keep(model)
+
+
+def replaced_sites(model: nn.Module) -> list[str]:
+    """Names of the sites of a model that have been replaced."""
+    return sorted(Record.of(model).sites)
 
 
 def _is_first(site: ActivationSite) -> bool:

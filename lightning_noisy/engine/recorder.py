@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_noisy.engine.sites import activation_sites
+from lightning_noisy.engine.sites import registered_activations
 from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.metrics.activation import ActivationStatistics
 from lightning_noisy.nn.normalized import NormalizedActivation
@@ -47,10 +47,8 @@ class ActivationRecorder:
 
     def __init__(self, model: nn.Module, *, saturation_threshold: float = 0.05) -> None:
         modules: dict[nn.Module, str] = {}
-        there = set(model.modules())
-        for site in activation_sites(model):
-            if site.module in there and site.kind != "recurrent":  # calls of functions have no module to watch
-                modules.setdefault(site.module, site.name)
+        for name, module in registered_activations(model):
+            modules.setdefault(module, name)
         self._modules = {name: module for module, name in modules.items()}
         self._threshold = saturation_threshold
         self._hooks: list[RemovableHandle] = []

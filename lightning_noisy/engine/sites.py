@@ -27,7 +27,7 @@ from lightning_noisy.engine.provenance import Probe, Seen, observe, trace
 from lightning_noisy.engine.snapshot import Snapshot
 from lightning_noisy.nn import registry
 
-__all__ = ["ActivationSite", "ActivationSites", "activation_sites"]
+__all__ = ["ActivationSite", "ActivationSites", "activation_sites", "registered_activations"]
 
 # Functions that gates and output layers are made of.
 GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
@@ -107,7 +107,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
 
     Args:
         model: any module.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model; by default a
+            LightningModule's ``example_input_array``, if it has one.
 
     Returns:
         The sites, in the order of the modules and of their source, or with example inputs in the order in which they
@@ -125,6 +126,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}.")
     if (function := registry.function_name(model)) is not None:
         return ActivationSites([ActivationSite("", "module", function, "", None, None, None, 0, None, model)])
+    if example_inputs is None:
+        example_inputs = getattr(model, "example_input_array", None)
     if isinstance(model, _RECURRENT):
         function = _recurrent_function(model)
         return ActivationSites([ActivationSite("", "recurrent", function, "", None, None, None, 0, None, model)])
@@ -154,6 +157,19 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
     if example_inputs is not None:
         sites.sort(key=lambda site: site.order)
     return ActivationSites(sites, not_seen)
+
+
+def registered_activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the places whose activations are modules of the model; nothing is run or traced."""
+    if registry.function_name(model) is not None:
+        yield "", model
+        return
+    there = set(model.modules())
+    for spot in _walk(model, "", False, set()):
+        for site in spot.sites({}):
+            if site.module in there and site.kind != "recurrent":
+                assert site.module is not None
+                yield site.name, site.module
 
 
 @dataclass
