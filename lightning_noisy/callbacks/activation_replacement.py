@@ -29,8 +29,8 @@ class ActivationReplacement(pl.Callback):
     """Replace the activations of the model when a Trainer sets it up, before its optimizers are made.
 
     The callback form of :func:`lightning_noisy.replace_activations`, for models that you configure and don't
-    write. Layers that are made in ``configure_model`` are replaced, too. List it before callbacks that copy or freeze the
-    model. A model that has been swapped keeps its modules:
+    write. Layers that are made in ``configure_model`` are replaced, too. List it before callbacks that copy or freeze
+    the model. A model that has been swapped keeps its modules:
     ``fit``, ``test`` and ``fit`` again swap once. Statistics of normalized activations with ``synchronized=True`` are
     pooled over the ranks after each step.
 

@@ -228,6 +228,16 @@ class _Reader(ast.NodeVisitor):
             self.visit(statement)
         self.loops -= nested
 
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """Follow what is called, or passed on to be called."""
+        self.generic_visit(node)
+        own = _attribute_of(node, self.self_name)
+        if own is not None:
+            if own.startswith("__") and not own.endswith("__"):  # private: Python adds the class's name
+                own = f"_{self.function.__qualname__.split('.')[-2].lstrip('_')}{own}"
+            if callable(getattr(own_class(self.owner), own, None)):
+                self.methods.append(own)
+
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         if any(isinstance(argument, ast.Starred) for argument in node.args):
@@ -240,8 +250,6 @@ class _Reader(ast.NodeVisitor):
                 if function and len(node.args) == 1:
                     count = self.counts[own] = self.counts.get(own, 0) + 1
                     self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
-            elif callable(getattr(type(self.owner), own, None)):
-                self.methods.append(own)
             return
         if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
             self._inherited(node.func.attr)

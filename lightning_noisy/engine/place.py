@@ -15,8 +15,8 @@ from lightning_noisy.nn.noisy import NoisyActivation
 
 __all__ = ["MARKER", "Record", "place", "replaced_sites"]
 
-# A key in checkpoints of models that a callback has swapped: the error of loading it the plain way has it. Its value is c
-# of the noisy activations, which is in no state_dict.
+# A key in checkpoints of models that a callback has swapped: the error of loading it the plain way has it. Its value is
+# c of the noisy activations, which is in no state_dict.
 MARKER = "activations were replaced: load with lightning_noisy.load_replaced"
 
 
@@ -59,7 +59,6 @@ class Record:
         if self._attribute not in model.__dict__:
             self.add_hook(model.register_load_state_dict_pre_hook(_take_marker))
         model.__dict__[self._attribute] = self
-
 
     def set_module(self, model: nn.Module, owner: str, key: str, module: nn.Module) -> None:
         """Register a child, in place of what has its name."""

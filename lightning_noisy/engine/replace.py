@@ -261,10 +261,6 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     neighbours = next((found for module in around if (found := list(module.parameters()))), [])
     module = _instantiate(site, new)
-    # Only a name or a class says all about a module; two callables may differ in what no repr shows.
-    is_same = isinstance(new, str) or inspect.isclass(new)
-    if module is old or (is_same and type(module) is type(old) and repr(module) == repr(old)):
-        return old
     if getattr(old, "inplace", False):
         if not hasattr(module, "inplace"):
             raise ValueError(
@@ -272,6 +268,10 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
                 " input would see other values. Build the model with inplace=False."
             )
         module.inplace = True  # type: ignore[assignment]
+    # Only a name or a class says all about a module; two callables may differ in what no repr shows.
+    is_same = isinstance(new, str) or inspect.isclass(new)
+    if module is old or (is_same and type(module) is type(old) and repr(module) == repr(old)):
+        return old
     if neighbours:
         module.to(neighbours[0].device)
         if neighbours[0].is_floating_point():

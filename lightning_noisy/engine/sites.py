@@ -107,7 +107,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
 
     Args:
         model: any module.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model; by default a
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model; by
+        default a
             LightningModule's ``example_input_array``, if it has one.
 
     Returns:
@@ -149,8 +150,12 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
             for unseen in observe(model, example_inputs, probes, names):
                 calls = f"{unseen.count} calls of {unseen.function}" if unseen.count > 1 else f"a {unseen.function}"
                 not_seen.append(
-                    f"{unseen.owner or '(root)'}: {calls} that the source of its class doesn't show; make it a module"
+                    f"{unseen.owner or '(root)'}: {calls} that the source of its class doesn't show, such as in another"
+                    " function; make it a module"
                 )
+            idle = [spot for spot in spots if spot.function and spot.kind != "recurrent" and spot.seen.order is None]
+            not_seen += [f"{spot.name}: not called with these example inputs" for spot in idle]
+            spots = [spot for spot in spots if spot not in idle]
     finally:
         snapshot.restore()
     sites = [site for spot in spots for site in spot.sites(names)]
