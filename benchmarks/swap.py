@@ -1,7 +1,5 @@
 """What a swapped call site costs beyond its activation: a training step with each replaced by itself.
 
-original.
-
     python benchmarks/swap.py
 
 On two threads of the CPU. Each model is timed beside a copy whose activations have gone through `replace_activations`,

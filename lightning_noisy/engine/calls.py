@@ -132,6 +132,8 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def _method(cls: type, name: str) -> FunctionType | None:
     """A method that is somebody's own, without its decorators."""
     found = inspect.getattr_static(cls, name, None)
+    if isinstance(found, (staticmethod, classmethod, property)):
+        return None
     found = inspect.unwrap(found) if callable(found) else None
     if not isinstance(found, FunctionType) or f"{found.__module__}.".startswith(_FOREIGN):
         return None
@@ -235,7 +237,12 @@ class _Reader(ast.NodeVisitor):
         if own is not None:
             if own.startswith("__") and not own.endswith("__"):  # private: Python adds the class's name
                 own = f"_{self.function.__qualname__.split('.')[-2].lstrip('_')}{own}"
-            if callable(getattr(own_class(self.owner), own, None)):
+            found = inspect.getattr_static(own_class(self.owner), own, None)
+            if isinstance(found, (staticmethod, classmethod)):
+                self._name_helper(own, found.__func__)
+            elif isinstance(found, property):
+                self._name_helper(own, found.fget)
+            elif callable(found):
                 self.methods.append(own)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -266,6 +273,8 @@ class _Reader(ast.NodeVisitor):
             if function := self.name_of(known):
                 count = self.counts[function] = self.counts.get(function, -1) + 1
                 self._add(node, f"{function}#{count}", "inline", function, plain=copy.copy(known))
+        elif isinstance(known, FunctionType):
+            self._name_helper(known.__name__, known)
         elif (
             isinstance(node.func, ast.Attribute)
             and known is _UNKNOWN
@@ -274,6 +283,14 @@ class _Reader(ast.NodeVisitor):
         ):
             name, inplace = METHODS[node.func.attr]
             self._add_function(node, "method", name, inplace, [])
+
+    def _name_helper(self, name: str, function: Any) -> None:
+        """Name a function that is no method of the module, and mentions activations."""
+        function = inspect.unwrap(function)
+        if isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(_FOREIGN):
+            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
+            if mentioned:
+                self.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: make it a method, or a module")
 
     def _inherited(self, name: str) -> None:
         """Name what a class above does in a method that is extended here."""

@@ -13,6 +13,7 @@ from patterns import (
     FeedForward,
     GatedFeedForward,
     Held,
+    Helped,
     Inception,
     Loop,
     LoopOfOne,
@@ -149,6 +150,12 @@ def test_what_cannot_be_looked_into_is_named_with_the_reason():
         assert any(f"(root): {call} that the source of its class doesn't show" in reason for reason in observed)
     assert "not looked into: (root)" in str(sites)
     assert "super().forward, which mentions relu" in activation_sites(Derived()).not_seen[0]
+    helped = activation_sites(Helped())
+    assert list(helped) == []
+    assert helped.not_seen == [
+        "(root): squash, which mentions tanh: make it a method, or a module",
+        "(root): swish, which mentions sigmoid: make it a method, or a module",
+    ]
     code = {}
     exec("def forward(self, x): return relu(x)", {"relu": torch.relu}, code)
     hidden = type("Hidden", (nn.Module,), code)
