@@ -307,3 +307,80 @@ class Base(nn.Module):
 class Derived(Base):
     def forward(self, x):
         return F.elu(super().forward(x))
+
+
+class Swapped(nn.Module):
+    """What a careless reader of its source would take for something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.act = torch.tanh
+
+    def forward(self, x):
+        y = self.layer(x)
+        y.tanh_()
+        z = (lambda h, relu_function: relu_function(h))(y, torch.abs)
+        z = F.rrelu(self.layer(self.act(z)), 0.1, 0.3)
+        return self.act(input=self.layer(F.elu(z, 1.0, True) + z))
+
+
+class LoopInside(Loop):
+    """A loop whose method is checkpointed, or called, from outside of forward."""
+
+    def body(self, x, count):
+        for layer in self.layers[:count]:
+            x = F.relu(layer(x))
+        return x
+
+    def forward(self, x, count=3):
+        return self.last(checkpoint(self.body, x, count, use_reentrant=False))
+
+
+class Remembering(nn.Module):
+    """Changes in its forward what is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.cache, self.log = {}, []
+
+    def forward(self, x):
+        self.steps += 1
+        self.cache.setdefault("ones", torch.ones_like(x))
+        self.log.append(x.mean())
+        return F.relu(x) * 2
+
+
+REGISTRY = {}
+
+
+class Registered(nn.Module):
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        REGISTRY[cls.__name__] = cls
+
+
+class OneOfThem(Registered):
+    def forward(self, x):
+        return F.relu(x)
+
+
+class GoesThroughChildren(nn.Sequential):
+    def forward(self, x):
+        return F.relu(x + super().forward(x))
+
+
+class Gates(nn.Module):
+    """Gates that are scaled, split and indexed on their way."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 12), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.limit = 2.0
+
+    def forward(self, x):
+        first, second = torch.sigmoid(self.one(x)).chunk(2, -1)
+        scaled = 2 * torch.sigmoid(self.two(x))
+        indexed = torch.sigmoid(self.three(x))[:, :1]
+        return self.limit * torch.tanh(first * x + second + scaled * x + indexed * x)

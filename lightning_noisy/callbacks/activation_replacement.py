@@ -216,7 +216,7 @@ def load_replaced(
         arguments: of the model, in place of its hyperparameters in the checkpoint.
 
     Returns:
-        The model, in evaluation mode as ``load_from_checkpoint`` has it.
+        The model, in training mode as ``load_from_checkpoint`` has it.
 
     Raises:
         ValueError: if the checkpoint doesn't say what was replaced, or this model has other activations.

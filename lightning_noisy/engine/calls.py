@@ -12,8 +12,10 @@ import __future__
 import ast
 import builtins
 import copy
+import dis
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +23,12 @@ from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from lightning_noisy.nn import registry
+from lightning_noisy.nn.recomputing import is_recomputing
 
 __all__ = ["Call", "CallSites", "UnreadError", "calls_of", "own_class", "plain_module", "send_calls"]
 
@@ -92,13 +96,20 @@ class CallSites(nn.ModuleDict):
     def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
         super().__init__(modules)
         self._passes: dict[str, int] = {}
+        self._again = False
 
     def restart(self) -> None:
         """Begin a forward pass."""
         self._passes = {}
+        self._again = is_recomputing()
 
     def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
         """The module for the next pass of a call; ``first`` for the first one, if it is not here."""
+        if is_recomputing() and not self._again:
+            raise RuntimeError(
+                f"The call {key!r}, which is in a loop, is repeated by checkpointing, and which pass of it this is"
+                " can't be known. Checkpoint the whole module, or give each pass a module of its own before replacing."
+            )
         count = self._passes[key] = self._passes.get(key, 0) + 1
         if count == 1:
             return self[key] if first is None else first
@@ -121,7 +132,50 @@ def _source(function: FunctionType) -> tuple[ast.FunctionDef, int]:
         raise UnreadError(f"there is no source to read ({error})") from None
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         raise UnreadError("it is no plain method")
+    code = _compiled(tree.body[0], function, first)
+    if not _same(code, function.__code__):
+        raise UnreadError("its source has changed since it was imported, or is another one")
     return tree.body[0], first
+
+
+def _compiled(tree: ast.FunctionDef, function: FunctionType, first: int) -> CodeType:
+    """Compile a method's definition as it was in its class."""
+    tree = copy.deepcopy(tree)
+    tree.decorator_list = []
+    # Inside a class of that name private names are mangled as they were; the outer function has its free variables.
+    name = function.__qualname__.split(".")[-2] if "." in function.__qualname__ else ""
+    body: ast.stmt = tree
+    if name.isidentifier():
+        body = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[])
+        if "type_params" in ast.ClassDef._fields:
+            body.type_params = []  # type: ignore[attr-defined]
+    outer = ast.parse(f"def outer({', '.join(n for n in function.__code__.co_freevars if n != '__class__')}): pass")
+    cast(ast.FunctionDef, outer.body[0]).body = [body]
+    ast.increment_lineno(ast.fix_missing_locations(outer), first - 1)
+    flags = function.__code__.co_flags & _FUTURE
+    compiled = compile(outer, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    return next(code for code in _codes(compiled) if code.co_name == function.__name__)
+
+
+def _same(one: CodeType, other: CodeType) -> bool:
+    """Whether two codes do the same. Lines may differ, and how a call finds its function, which depends on imports."""
+    inside = [[each for each in code.co_consts if isinstance(each, CodeType)] for code in (one, other)]
+    return (
+        _steps(one) == _steps(other)
+        and len(inside[0]) == len(inside[1])
+        and all(_same(*pair) for pair in zip(*inside, strict=True))
+    )
+
+
+def _steps(code: CodeType) -> list[tuple[str, str]]:
+    steps = []
+    for each in dis.get_instructions(code):
+        name = each.opname.replace("LOAD_METHOD", "LOAD_ATTR")
+        if name in ("PUSH_NULL", "NOP", "EXTENDED_ARG", "RESUME", "CACHE"):
+            continue
+        told = "" if "JUMP" in name or name == "FOR_ITER" or isinstance(each.argval, CodeType) else each.argrepr
+        steps.append((name.replace("CALL_METHOD", "CALL_FUNCTION"), re.sub(r"^NULL.*\+ | \+ NULL.*$", "", told)))
+    return steps
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -140,18 +194,22 @@ def _method(cls: type, name: str) -> FunctionType | None:
     return found if found.__code__.co_argcount else None
 
 
-def calls_of(owner: nn.Module, name_of: Callable[[nn.Module], str | None]) -> tuple[list[Call], list[str]]:
+def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[list[Call], list[str]]:
     """The calls of activation functions, and of children that are activations, in the code of a module's class.
 
     Args:
         owner: any module. Nothing of it is run.
-        name_of: the plain name of a module's function, if it is an activation.
+        name_of: the plain name of the function of a module or of a function that is held, if it is an activation.
 
     Returns:
         The calls in the order of the source, from ``forward`` on (or from Lightning's steps) through the methods that
         it calls; and for what could not be read the reasons.
     """
     cls, found, reasons = own_class(owner), list[Call](), list[str]()
+    if "forward" in owner.__dict__ or isinstance(owner, fx.GraphModule):
+        if not f"{cls.__module__}.".startswith(_FOREIGN) or isinstance(owner, fx.GraphModule):
+            reasons.append("its forward is made when it runs, and is not the one of its class")
+        return found, reasons
     counts: dict[str, int] = {}
     waiting, seen = [name for name in _ENTRIES if hasattr(cls, name)], set[str]()
     while waiting:
@@ -187,12 +245,16 @@ class _Reader(ast.NodeVisitor):
         function: FunctionType,
         name: str,
         counts: dict[str, int],
-        name_of: Callable[[nn.Module], str | None],
+        name_of: Callable[[Any], str | None],
     ) -> None:
         self.name_of = name_of
         self.owner, self.function, self.name, self.counts = owner, function, name, counts
         self.self_name = function.__code__.co_varnames[0]
-        self.local = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
+        # Also of the functions inside: a name that is a variable anywhere is not taken for a global one.
+        nodes = list(ast.walk(_source(function)[0]))
+        self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        self.local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        self.local |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self.free = {key: cell.cell_contents for key, cell in cells if _is_set(cell)}
         self.calls: list[Call] = []
@@ -251,10 +313,10 @@ class _Reader(ast.NodeVisitor):
             return
         own = _attribute_of(node.func, self.self_name)
         if own is not None:
-            child = self.owner._modules.get(own)
+            child = self.owner._modules.get(own, self.owner.__dict__.get(own))
             if child is not None:
                 function = self.name_of(child)
-                if function and len(node.args) == 1:
+                if function and len(node.args) + len(node.keywords) == 1:
                     count = self.counts[own] = self.counts.get(own, 0) + 1
                     self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
             return
@@ -317,11 +379,12 @@ class _Reader(ast.NodeVisitor):
             options = {
                 str(each.arg): self._value(each.value)
                 for each in (node.keywords if keywords is None else keywords)
-                if each.arg not in ("input", "training")
+                if each.arg != "input"
             }
-            plain = plain_module(name, *map(self._value, arguments), **options)
-            if inplace:
-                plain.inplace = True  # type: ignore[assignment]
+            if name == "rrelu" and kind == "function":
+                raise UnreadError("whether it draws is an argument, and no state of a module")
+            inplace = bool(options.pop("inplace", False)) or inplace
+            plain = plain_module(name, *map(self._value, arguments), inplace=inplace, **options)
         except (UnreadError, TypeError, ValueError):
             plain = None
         self._add(node, f"{name}#{count}", kind, name, plain=plain)
@@ -332,10 +395,10 @@ class _Reader(ast.NodeVisitor):
     def _resolve(self, node: ast.expr) -> Any:
         """What an expression of names and attributes stands for, if that is no local variable."""
         if isinstance(node, ast.Name):
-            if node.id in self.free:
-                return self.free[node.id]
             if node.id in self.local:
                 return _UNKNOWN
+            if node.id in self.free:
+                return self.free[node.id]
             return self.function.__globals__.get(node.id, getattr(builtins, node.id, _UNKNOWN))
         if isinstance(node, ast.Attribute):
             base = self._resolve(node.value)
@@ -343,12 +406,11 @@ class _Reader(ast.NodeVisitor):
         return _UNKNOWN
 
     def _value(self, node: ast.expr) -> Any:
-        """A literal, or a plain attribute of the module."""
+        """A literal, or what a plain attribute of the module or a variable from outside is now."""
         attribute = _attribute_of(node, self.self_name)
-        if attribute is not None:
-            value = getattr(self.owner, attribute, None)
-            if isinstance(value, (bool, int, float, str)):
-                return value
+        value = self._resolve(node) if attribute is None else getattr(self.owner, attribute, None)
+        if isinstance(value, (bool, int, float, str)):
+            return value
         try:
             return ast.literal_eval(node)
         except ValueError:
@@ -358,11 +420,28 @@ class _Reader(ast.NodeVisitor):
 _UNKNOWN, _UNKNOWN_ATTRIBUTE = object(), object()
 
 
-def plain_module(name: str, *arguments: Any, **options: Any) -> nn.Module:
+class InPlace(nn.Module):
+    """Writes the output of an activation, whose class can't do so itself, into the input."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function, self.inplace = function, True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the activation."""
+        return input.copy_(self.function(input.clone())) if self.inplace else cast(Tensor, self.function(input))
+
+
+def plain_module(name: str, *arguments: Any, inplace: bool = False, **options: Any) -> nn.Module:
     """The module of torch that computes what a function does with these arguments."""
-    if name == "softmax":
-        raise UnreadError
-    return registry.PLAIN[name](*arguments, **options)
+    plain = registry.PLAIN[name](
+        *arguments, **options, **({"inplace": True} if inplace and _can_be_in_place(name) else {})
+    )
+    return InPlace(plain) if inplace and not _can_be_in_place(name) else plain
+
+
+def _can_be_in_place(name: str) -> bool:
+    return "inplace" in inspect.signature(registry.PLAIN[name]).parameters
 
 
 def _is_set(cell: CellType) -> bool:
@@ -414,11 +493,27 @@ def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> N
         if of_passes:
             sent.append((call.method, call.position, call.key, call.child, len(names) > 1))
     cls = own_class(owner)
+    if cls is not type(owner) and "_written_class" not in type(owner).__dict__:
+        raise UnreadError("its class was extended after its activations were replaced, as by a parametrization")
+    if sent:
+        if parametrize.is_parametrized(owner):
+            raise UnreadError("it is parametrized")
+        names = {name for method in (*_ENTRIES, *(each[0] for each in sent)) for name in _names_in(cls, method)}
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or names & _CHILDREN:
+            raise UnreadError("it goes through its children, and would meet the new ones")
     owner.__class__ = _written(cls, tuple(sent)) if sent else cls  # type: ignore[arg-type]
     if modules:
         owner.add_module(NAME, CallSites(modules).train(owner.training))
     else:
         owner._modules.pop(NAME, None)
+
+
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
+
+
+def _names_in(cls: type, name: str) -> set[str]:
+    method = _method(cls, name)
+    return set(method.__code__.co_names) if method else set()
 
 
 @functools.cache
@@ -440,7 +535,7 @@ def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
         here = {position: rest for method, position, *rest in sent if method == name}
         written = _write(function, cls, here, restart=counted and name in _ENTRIES)
         namespace[name] = _within(outermost, function, written)
-    return cast(type[nn.Module], type(cls)(cls.__name__, (cls,), namespace))  # type: ignore[misc]
+    return cast(type[nn.Module], type(cls)(cls.__name__, (_WrittenBase, cls), namespace))  # type: ignore[misc]
 
 
 def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
@@ -449,15 +544,30 @@ def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
     return written.__new__(written)
 
 
+class _WrittenBase:
+    """First base of written classes: keeps them from what the class does when it is extended by its users."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script reads the source of the class, in which no activation is replaced. Use torch.export, or"
+            " torch.jit.trace."
+        )
+
+
 class _Writer(ast.NodeTransformer):
     def __init__(self, self_name: str, here: dict[Position, Any]) -> None:
         self.self_name, self.here = self_name, here
+        self.used: set[Position] = set()
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         position = _position(node)
         node = cast(ast.Call, self.generic_visit(node))
         if position not in self.here:
             return node
+        self.used.add(position)
         key, child, counted = self.here[position]
         sites: ast.expr = self._own(NAME)
         if counted:
@@ -465,8 +575,8 @@ class _Writer(ast.NodeTransformer):
             module: ast.expr = ast.Call(ast.Attribute(sites, "pick", ast.Load()), [ast.Constant(key), *first], [])
         else:
             module = ast.Subscript(sites, ast.Constant(key), ast.Load())
-        is_method = isinstance(node.func, ast.Attribute) and not node.args and not node.keywords
-        named = next((each.value for each in node.keywords if each.arg == "input"), None)
+        is_method = isinstance(node.func, ast.Attribute) and not (node.args or node.keywords)
+        named = next((each.value for each in node.keywords if each.arg == "input" or child is not None), None)
         x = cast(ast.Attribute, node.func).value if is_method else node.args[0] if node.args else cast(ast.expr, named)
         return ast.copy_location(ast.Call(module, [x], []), node)
 
@@ -478,24 +588,15 @@ def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, rest
     """A method with its calls sent."""
     tree, first = _source(function)
     self_name = function.__code__.co_varnames[0]
-    tree = cast(ast.FunctionDef, _Writer(self_name, here).visit(copy.deepcopy(tree)))
-    tree.decorator_list = []
+    writer = _Writer(self_name, here)
+    tree = cast(ast.FunctionDef, writer.visit(copy.deepcopy(tree)))
+    if writer.used != set(here):
+        raise UnreadError("its source is not the one that its calls were found in")
     if restart:
         begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
         docstring = ast.get_docstring(tree, clean=False) is not None
         tree.body.insert(int(docstring), begin)
-    # Inside a class of that name private names are mangled as they were; the outer function has its free variables.
-    name = function.__qualname__.split(".")[-2] if "." in function.__qualname__ else cls.__name__
-    name = name if name.isidentifier() else cls.__name__
-    inside = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[])
-    outer = ast.parse(f"def outer({', '.join(n for n in function.__code__.co_freevars if n != '__class__')}): pass")
-    cast(ast.FunctionDef, outer.body[0]).body = [inside]
-    if hasattr(inside, "type_params") or "type_params" in getattr(ast.ClassDef, "_fields", ()):
-        inside.type_params = []  # type: ignore[attr-defined]
-    ast.increment_lineno(ast.fix_missing_locations(outer), first - 1)
-    flags = function.__code__.co_flags & _FUTURE
-    compiled = compile(outer, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
-    code = next(code for code in _codes(compiled) if code.co_name == function.__name__)
+    code = _compiled(tree, function, first)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if missing := set(code.co_freevars) - set(cells):
         raise UnreadError(f"the variables {', '.join(sorted(missing))} can't be found")

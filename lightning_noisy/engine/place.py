@@ -33,6 +33,7 @@ class Record:
         self._modules: dict[tuple[str, str], nn.Module | None] = {}
         self._attributes: dict[tuple[str, str], Any] = {}
         self._hooks: list[Any] = []
+        self._new: list[Any] = []
         self.sites: set[str] = set()
 
     @classmethod
@@ -77,12 +78,23 @@ class Record:
     def add_hook(self, handle: Any) -> None:
         """Remember to remove a hook."""
         self._hooks.append(handle)
+        self._new.append(handle)
+
+    def remove_new_hooks(self) -> None:
+        """Remove the hooks that were added to this copy of the record."""
+        for handle in self._new:
+            handle.remove()
 
     def undo(self, model: nn.Module) -> None:
         """Put everything back, and forget it."""
-        for module in list(model.modules()):
-            if isinstance(module._modules.get(NAME), CallSites):
-                send_calls(module, [])
+        sent = [module for module in model.modules() if isinstance(module._modules.get(NAME), CallSites)]
+        if changed := [type(module).__name__ for module in sent if "_written_class" not in type(module).__dict__]:
+            raise ValueError(
+                f"The class of {', '.join(changed)} was extended after its activations were replaced, as by a"
+                " parametrization. Take that off first."
+            )
+        for module in sent:
+            send_calls(module, [])
         for handle in self._hooks:
             handle.remove()
         for (owner, key), before in self._modules.items():
@@ -91,7 +103,7 @@ class Record:
                 present = within._modules[key]
                 like = next((each for each in present.parameters()), None) if present is not None else None
                 if like is not None:
-                    before.to(like.device)
+                    before.to(like.device, like.dtype if like.is_floating_point() else None)
                 within._modules[key] = before.train(within.training)
             else:
                 within._modules.pop(key, None)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_noisy.engine.calls import FUNCTIONS, METHODS
+from lightning_noisy.engine.snapshot import Contents
 
 __all__ = ["MOVES", "Probe", "Seen", "observe", "trace"]
 
@@ -30,13 +31,18 @@ __all__ = ["MOVES", "Probe", "Seen", "observe", "trace"]
 MOVES = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
     torch.dropout, Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous,
-    Tensor.squeeze, Tensor.unsqueeze, Tensor.t, Tensor.expand, Tensor.to, Tensor.float,
+    Tensor.squeeze, Tensor.unsqueeze, Tensor.t, Tensor.expand, Tensor.to, Tensor.float, Tensor.__getitem__,
+    operator.getitem, Tensor.clone, Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.unbind, torch.unbind,
 }  # fmt: skip
-_MOVING_NAMES = {getattr(each, "__name__", "") for each in MOVES} | {"expand_as", "type_as", "chunk"}
+_MOVING_NAMES = {getattr(each, "__name__", "") for each in MOVES} | {"expand_as", "type_as", "view_as", "repeat"}
 _MUL = {operator.mul, operator.imul, torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.__mul__}
 _MUL |= {Tensor.__rmul__, Tensor.__imul__, Tensor.multiply}
 _ADD = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 _ADD |= {Tensor.__radd__}
+_SCALE = (
+    _MUL | _ADD | {operator.truediv, torch.div, Tensor.div, Tensor.__truediv__, operator.sub, torch.sub, Tensor.sub}
+)
+_SCALE |= {Tensor.__sub__, Tensor.__rsub__, torch.rsub, operator.neg, torch.neg, Tensor.neg, Tensor.__neg__}
 _PASSIVE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten)
 
 
@@ -71,12 +77,12 @@ class Probe(nn.Module):
         self.watch: _Watch | None = None
         self.training = plain.training
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the activation."""
         if self.watch is None:
-            return self.plain(x, *args, **kwargs)
-        with self.watch.of(self, x):
-            y = self.plain(x, *args, **kwargs)
+            return self.plain(*args, **kwargs)
+        with self.watch.of(self, next(iter((*args, *kwargs.values())), None)):
+            y = self.plain(*args, **kwargs)
         self.watch.follow(self, y)
         return y
 
@@ -173,6 +179,7 @@ class _Watch(TorchFunctionMode):
         self._alive += results
         probes = set().union(*(self._origin.get(id(leaf), set()) for leaf in tensors)) if tensors else set()
         moved = func in MOVES or getattr(func, "__name__", "") in _MOVING_NAMES
+        moved |= func in _SCALE and len(branches) == 1
         summed = func in _ADD and len(branches) > 1 and branches[0] is not branches[1]
         if func in _MUL and len(branches) > 1:
             for probe in probes:
@@ -220,15 +227,15 @@ def observe(
         probe.watch = watch
         owners.setdefault(owner, []).append(probe)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    attributes = {module: dict(module.__dict__) for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    contents = [Contents(module) for module in model.modules()]
     devices = sorted({tensor.device for tensor in model.parameters() if tensor.is_cuda}, key=str)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of reentrant checkpointing, that there is no gradient
-        stack.callback(_restore, attributes, buffers)
+        for content in contents:
+            stack.callback(content.restore)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for owner, theirs in owners.items():
@@ -248,15 +255,6 @@ def observe(
 def _reset(probes: list[Probe]) -> None:
     for probe in probes:
         probe.count = 0
-
-
-@torch.no_grad()
-def _restore(attributes: dict[nn.Module, dict[str, Any]], buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for module, before in attributes.items():
-        module.__dict__.clear()
-        module.__dict__.update(before)
-    for buffer, before_ in buffers:
-        buffer.copy_(before_)
 
 
 class _Tracer(fx.Tracer):
@@ -279,7 +277,7 @@ def trace(owner: nn.Module) -> bool:
     Returns:
         Whether its forward can be traced.
     """
-    attributes = dict(owner.__dict__)
+    contents = Contents(owner)
     try:
         signature = inspect.signature(owner.forward).parameters.values()
         defaults = {each.name: each.default for each in signature if each.default is not each.empty}
@@ -294,8 +292,7 @@ def trace(owner: nn.Module) -> bool:
     except Exception:
         return False
     finally:
-        owner.__dict__.clear()
-        owner.__dict__.update(attributes)
+        contents.restore()
     for node, probe in nodes:
         seen = probe.seen
         seen.passes = (seen.passes or 0) + 1
@@ -316,6 +313,8 @@ def _either(known: bool | None, new: bool | None) -> bool | None:
 def _moves(node: fx.Node, owner: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(owner.get_submodule(str(node.target)), _PASSIVE)
+    if node.op == "call_function" and node.target in _SCALE:
+        return sum(isinstance(each, fx.Node) for each in node.args) == 1
     return node.target in MOVES or (node.op == "call_method" and node.target in _MOVING_NAMES)
 
 

@@ -126,7 +126,7 @@ def replace_activations(
         ValueError: if a name or an option is unknown, or the model can't be changed any more.
 
     Warns:
-        UserWarning: if nothing was replaced.
+        UserWarning: if nothing was replaced, or something could not be looked into.
 
     >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     Sequential(
@@ -167,8 +167,15 @@ def replace_activations(
         if buffer_batchnorm:
             buffer(inside, buffer_batchnorm, record)
     except BaseException:
+        record.remove_new_hooks()
         snapshot.restore()
         raise
+    if sites.not_seen:
+        warnings.warn(
+            f"replace_activations({type(inside).__name__}, {to!r}) left what it could not look into: {_joined(sites)}.",
+            UserWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -235,7 +242,8 @@ class _Policy:
             return None
         if site.is_gate and not self.gates:
             return None
-        may_be_either = site.function in GATE_OR_OUTPUT and site.name != ""
+        # A function without a name here may be anything.
+        may_be_either = (site.function in GATE_OR_OUTPUT or site.function not in registry.PLAIN) and site.name != ""
         return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
 
 
@@ -319,6 +327,10 @@ def _instantiate(site: ActivationSite, new: _New) -> nn.Module:
     return made
 
 
+def _joined(sites: ActivationSites) -> str:
+    return "; ".join(sites.not_seen[:5]) + (f"; and {len(sites.not_seen) - 5} more" if len(sites.not_seen) > 5 else "")
+
+
 def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -> None:
     found = ", ".join(f"{site.name or '(root)'} ({site.function})" for site in sites)
     hint = (
@@ -328,5 +340,5 @@ def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -
     )
     what = f"replace_activations({type(model).__name__}, {to!r}) replaced nothing."
     if sites.not_seen:
-        hint += f" Not looked into: {'; '.join(sites.not_seen)}."
+        hint += f" Not looked into: {_joined(sites)}."
     warnings.warn(f"{what} {hint}", UserWarning, stacklevel=3)

@@ -53,8 +53,8 @@ class ActivationSite:
         is_output: whether the output is one of the model's; None where unknown.
         order: its number in the order in which they are called, as far as that is known.
         batch_norm: path of the batch norm whose output it gets; None if there is none, or it isn't known.
-        module: the activation module; for a call one that computes the same, which is not part of the model; None
-            where its arguments are known only when it runs.
+        module: the activation module; for a call one that computes the same, with the values that its arguments have
+            now, which is not part of the model.
     """
 
     name: str
@@ -127,7 +127,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}.")
     if (function := registry.function_name(model)) is not None:
         return ActivationSites([ActivationSite("", "module", function, "", None, None, None, 0, None, model)])
-    if example_inputs is None:
+    asked = example_inputs is not None
+    if not asked:
         example_inputs = getattr(model, "example_input_array", None)
     if isinstance(model, _RECURRENT):
         function = _recurrent_function(model)
@@ -154,10 +155,18 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
                     " function; make it a module"
                 )
             idle = [spot for spot in spots if spot.function and spot.kind != "recurrent" and spot.seen.order is None]
-            not_seen += [f"{spot.name}: not called with these example inputs" for spot in idle]
-            spots = [spot for spot in spots if spot not in idle]
+            if asked:
+                not_seen += [f"{spot.name}: not called with these example inputs" for spot in idle]
+                spots = [spot for spot in spots if spot not in idle]
     finally:
         snapshot.restore()
+    not_seen += [
+        f"{spot.name}: called {spot.seen.passes} times in a pass of its owner, from where its source doesn't show; it"
+        " would have one module for all"
+        for spot in spots
+        if spot.function and (spot.seen.passes or 0) > 1 and not (spot.call and spot.call.in_loop)
+        if _has_forward(spot.owner)
+    ]
     sites = [site for spot in spots for site in spot.sites(names)]
     if example_inputs is not None:
         sites.sort(key=lambda site: site.order)
@@ -229,25 +238,29 @@ class _Spot:
 def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> Iterator[_Spot]:
     """Spots at and below ``owner``; ``feeds_on``: owner's output is the input of a next layer."""
     seen.add(owner)
+    if isinstance(owner, torch.jit.ScriptModule):
+        yield _Spot(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: it is scripted"])
+        return
     numbers = len(seen)
     chained = type(owner).forward is nn.Sequential.forward
     calls, reasons = calls_of(owner, _function_of)
     uses = {call.key: call for call in calls if call.kind == "module"}
     if reasons:
         yield _Spot(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: {reason}" for reason in reasons])
+    there = owner._modules.get(NAME)
+    sent: dict[str, nn.Module] = dict(there.items()) if isinstance(there, CallSites) else {}
     for key, value in owner.__dict__.items():
         if key.startswith("_"):
             continue
         function = _held_function(value)
         if function is not None:
-            yield _Spot(path, owner, "attribute", key, *function, number=numbers)
+            use = uses.pop(key, None)
+            yield _Spot(path, owner, "attribute", key, *function, use, number=numbers, others=_others(sent, key))
         elif held := _held_activations(value):
             reason = (
                 f"{path or '(root)'}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
             )
             yield _Spot(path, owner, "", "", "", None, reasons=[reason])
-    there = owner._modules.get(NAME)
-    sent: dict[str, nn.Module] = dict(there.items()) if isinstance(there, CallSites) else {}
     children = list(owner._modules.items())  # named_children() would pass over the second use of an instance
     for index, (key, child) in enumerate(children):
         if child is None or isinstance(child, (ParametrizationList, CallSites)):  # whose functions are of weights
@@ -268,7 +281,10 @@ def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> 
     for call in calls:
         if call.kind == "module" and call.key not in uses:
             continue
-        module = sent.get(call.key, call.plain if call.child is None else owner._modules.get(call.child))
+        held = None if call.child is None else owner._modules.get(call.child)
+        if call.child is not None and held is None:
+            held = (_held_function(owner.__dict__.get(call.child)) or ("", None))[1]
+        module = sent.get(call.key, call.plain if call.child is None else held)
         # A second use is named like a child, not like a call.
         yield _Spot(
             path,
@@ -330,12 +346,9 @@ def _held_function(value: object) -> tuple[str, nn.Module] | None:
         return None
     name, inplace = FUNCTIONS[value]
     try:
-        module = plain_module(name, *arguments, **options)
+        return name, plain_module(name, *arguments, inplace=inplace, **options)
     except (UnreadError, TypeError):
         return None
-    if inplace:
-        module.inplace = True  # type: ignore[assignment]
-    return name, module
 
 
 def _held_activations(value: object) -> str:
@@ -386,7 +399,10 @@ def _foreign_function(module: nn.Module) -> str | None:
     return type(module).__name__.lower()
 
 
-def _function_of(module: nn.Module) -> str | None:
+def _function_of(module: Any) -> str | None:
+    if not isinstance(module, nn.Module):
+        held = _held_function(module)
+        return held[0] if held else None
     return registry.function_name(module) or _foreign_function(module)
 
 

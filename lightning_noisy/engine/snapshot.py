@@ -1,10 +1,13 @@
-"""The structure of a model, to be put back."""
+"""The structure and the state of modules, to be put back."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
-__all__ = ["Snapshot"]
+__all__ = ["Contents", "Snapshot"]
 
 
 class Snapshot:
@@ -21,3 +24,29 @@ class Snapshot:
             module.__dict__.update(attributes)
             module._modules.clear()
             module._modules.update(children)
+
+
+class Contents:
+    """Remembers what running a module may change: attributes, buffers, and what its lists, dicts and sets hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._attributes = module, dict(module.__dict__)
+        self._buffers = [(buffer, buffer.clone()) for buffer in module._buffers.values() if buffer is not None]
+        values = [value for key, value in module.__dict__.items() if key not in _OF_TORCH]
+        self._containers: list[tuple[Any, Any]] = [
+            (value, value.copy()) for value in values if type(value) in (dict, list, set)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back."""
+        self._module.__dict__.clear()
+        self._module.__dict__.update(self._attributes)
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        for container, was in self._containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(was)
+
+
+_OF_TORCH = set(nn.Module().__dict__)

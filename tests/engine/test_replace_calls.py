@@ -6,20 +6,27 @@ import pickle
 import pytest
 import torch
 from patterns import (
+    REGISTRY,
     BasicConv,
     CallCounter,
     Checkpointed,
     Everything,
     FeedForward,
     GatedFeedForward,
+    Gates,
+    GoesThroughChildren,
     Inception,
     Loop,
+    LoopInside,
     LoopOfOne,
     NewGELU,
+    OneOfThem,
     QuickGELU,
+    Remembering,
     ResNet,
     Shared,
     SqueezeExcite,
+    Swapped,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -413,3 +420,112 @@ def test_a_layer_with_tokens_has_its_batch_norm_over_all_of_them():
     replace_activations(model, "nsw", buffer_batchnorm="2")
     model(torch.randn(3, 5, 6))
     assert model[2].buffer.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore:replace_activations.*left what it could not look into")
+@pytest.mark.parametrize("observed", [True, False])
+def test_what_a_name_or_an_argument_means_is_not_mistaken(observed):
+    model, x = Swapped(), ROWS.clone().requires_grad_()
+    twin = copy.deepcopy(model)
+    inputs = ROWS if observed else None
+    sites = activation_sites(model, inputs)
+    assert sorted(site.name for site in sites) == [":elu#0", ":tanh#0", "act", "act#2"]
+    assert any("rrelu" in reason for reason in sites.not_seen)
+    replace_activations(model, itself, example_inputs=inputs, **EVERYTHING)
+    for mine, expected in zip(run(model, x)[:2], run(twin, x)[:2], strict=True):
+        assert torch.equal(mine, expected)
+    assert len(replaced(replace_activations(twin, "nsw", example_inputs=inputs, **EVERYTHING), NSwish)) == 4
+
+
+def test_a_loop_that_is_checkpointed_within_its_module_says_so():
+    model = replace_activations(LoopInside(), "nsw", example_inputs=ROWS)
+    y = model(ROWS)
+    with pytest.raises(RuntimeError, match="is repeated by checkpointing.*Checkpoint the whole module"):
+        y.sum().backward()
+
+
+def test_looking_and_replacing_leave_the_state_that_forward_changes():
+    for inputs in (None, ROWS):
+        model = Remembering()
+        activation_sites(model, inputs)
+        assert (model.steps, model.cache, model.log) == (0, {}, [])
+        replace_activations(model, "nsw", example_inputs=inputs)
+        assert type(model(ROWS)) is torch.Tensor
+        assert model.steps == 1
+
+
+def test_a_class_that_keeps_count_of_its_subclasses_does_not_notice():
+    model = replace_activations(OneOfThem(), "nsw")
+    assert {"OneOfThem": OneOfThem} == REGISTRY
+    assert len(replaced(model, NSwish)) == 1
+
+
+def test_gates_and_outputs_are_followed_through_what_moves_them():
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        replace_activations(Gates(), "relu")
+    sites = activation_sites(Gates(), ROWS)
+    assert [site.is_gate for site in sites] == [True, True, True, False]
+    assert [site.is_output for site in sites] == [False, False, False, True]
+
+
+def test_a_module_that_goes_through_its_children_is_named():
+    model = GoesThroughChildren(nn.Linear(6, 6))
+    expected = model(ROWS)
+    with pytest.warns(UserWarning, match="it goes through its children"):
+        replace_activations(model, "nsw")
+    assert torch.equal(model(ROWS), expected)
+
+
+def test_a_forward_of_the_instance_is_named():
+    model = SqueezeExcite()
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.warns(UserWarning, match="its forward is made when it runs"):
+        replace_activations(model, "nsw")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripting_a_replaced_model_is_refused():
+    model = replace_activations(SqueezeExcite(), "nsw")
+    with pytest.raises(RuntimeError, match=r"in which no activation is replaced. Use torch\.export"):
+        torch.jit.script(model)
+
+
+def test_a_source_that_has_changed_is_not_used(tmp_path, monkeypatch):
+    import importlib
+
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (
+        "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\n\n"
+        "class Edited(nn.Module):\n    def forward(self, x):\n        return 2 * F.relu(x)\n"
+    )
+    (tmp_path / "edited_model.py").write_text(source)
+    model = importlib.import_module("edited_model").Edited()
+    (tmp_path / "edited_model.py").write_text(source.replace("2 *", "33 *"))
+    with pytest.warns(UserWarning, match="its source has changed since it was imported"):
+        replace_activations(model, "nsw")
+    assert torch.equal(model(ROWS), 2 * F.relu(ROWS))
+
+
+def test_a_class_that_is_extended_afterwards_is_not_taken_apart():
+    from torch.nn.utils import parametrizations
+
+    model = SqueezeExcite()
+    model.weight = nn.Parameter(torch.randn(3, 3))
+    replace_activations(model, "nsw")
+    parametrizations.weight_norm(model, "weight")
+    with pytest.raises(ValueError, match="extended after its activations were replaced"):
+        restore_activations(model)
+    assert model.weight.shape == (3, 3)
+    assert model(ROWS).isfinite().all()
+
+
+def test_prelu_is_restored_with_the_dtype_of_the_model():
+    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "nsw").double()
+    assert restore_activations(model)(ROWS.double()).dtype == torch.float64
+
+
+def test_a_failing_option_leaves_no_hook():
+    model = ResNet()
+    with pytest.raises(ValueError, match="buffer_batchnorm"):
+        replace_activations(model, "nsw", buffer_batchnorm="head")
+    assert not model._load_state_dict_pre_hooks
