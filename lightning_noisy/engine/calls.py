@@ -1,9 +1,6 @@
-"""Activation functions that a module's own code calls: finding the calls, and sending them to modules instead.
+"""Activation functions that a module's own code calls: finding the calls in the source of its methods.
 
-The source of the methods is read, not run. A class made anew from it, with the module's class as its base, has
-``self.activation_calls["relu#0"](x)`` where the source has ``F.relu(x)``; all else stays as it is written, down to the
-line numbers of tracebacks. So a call stays with the code that makes it: checkpointing repeats it, compilers see it, and
-nothing is intercepted.
+The source is read, and not run; it counts only where it is that of the running code.
 """
 
 from __future__ import annotations
@@ -25,18 +22,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from lightning_noisy.nn import registry
-from lightning_noisy.nn.recomputing import is_recomputing
 
-__all__ = ["Call", "CallSites", "UnreadError", "calls_of", "own_class", "plain_module", "send_calls"]
-
+__all__ = ["Call", "InPlace", "UnreadError", "calls_of", "own_class", "plain_module"]
 NAME = "activation_calls"  # of the child with the modules
-_ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-
 # Functions that torch has for its activation modules, with their names and whether they work in place.
 FUNCTIONS: dict[object, tuple[str, bool]] = {
     getattr(space, name + suffix): (name, bool(suffix))
@@ -53,7 +46,6 @@ METHODS = {
     if hasattr(Tensor, name + suffix)
 }
 _MODULES = {cls: name for name, cls in registry.PLAIN.items() if name != "prelu"}
-
 Position = tuple[int, int, int, int]
 
 
@@ -87,43 +79,8 @@ class UnreadError(Exception):
     """Says why a method's source can't be used."""
 
 
-class CallSites(nn.ModuleDict):
-    """The modules that a module's own calls go to, by the calls' keys.
-
-    Where one call is passed several times in a forward pass, each pass has its own: ``"relu#0"``, ``"relu#0@2"``, ...
-    """
-
-    def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
-        super().__init__(modules)
-        self._passes: dict[str, int] = {}
-        self._again = False
-
-    def restart(self) -> None:
-        """Begin a forward pass."""
-        self._passes = {}
-        self._again = is_recomputing()
-
-    def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
-        """The module for the next pass of a call; ``first`` for the first one, if it is not here."""
-        if is_recomputing() and not self._again:
-            raise RuntimeError(
-                f"The call {key!r}, which is in a loop, is repeated by checkpointing, and which pass of it this is"
-                " can't be known. Checkpoint the whole module, or give each pass a module of its own before replacing."
-            )
-        count = self._passes[key] = self._passes.get(key, 0) + 1
-        if count == 1:
-            return self[key] if first is None else first
-        name = f"{key}@{count}"
-        if name not in self:
-            raise RuntimeError(
-                f"The call {key!r} is passed {count} times in one forward pass, the example inputs showed"
-                f" {count - 1}. Replace the activations with example_inputs that take the longest way."
-            )
-        return self[name]
-
-
 @functools.cache
-def _source(function: FunctionType) -> tuple[ast.FunctionDef, int]:
+def source_of(function: FunctionType) -> tuple[ast.FunctionDef, int]:
     """The definition of a function, and the number of its first line."""
     try:
         lines, first = inspect.getsourcelines(function.__code__)
@@ -132,13 +89,13 @@ def _source(function: FunctionType) -> tuple[ast.FunctionDef, int]:
         raise UnreadError(f"there is no source to read ({error})") from None
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         raise UnreadError("it is no plain method")
-    code = _compiled(tree.body[0], function, first)
+    code = compiled_method(tree.body[0], function, first)
     if not _same(code, function.__code__):
         raise UnreadError("its source has changed since it was imported, or is another one")
     return tree.body[0], first
 
 
-def _compiled(tree: ast.FunctionDef, function: FunctionType, first: int) -> CodeType:
+def compiled_method(tree: ast.FunctionDef, function: FunctionType, first: int) -> CodeType:
     """Compile a method's definition as it was in its class."""
     tree = copy.deepcopy(tree)
     tree.decorator_list = []
@@ -183,7 +140,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return cast(type[nn.Module], getattr(type(module), "_written_class", type(module)))
 
 
-def _method(cls: type, name: str) -> FunctionType | None:
+def method_of(cls: type, name: str) -> FunctionType | None:
     """A method that is somebody's own, without its decorators."""
     found = inspect.getattr_static(cls, name, None)
     if isinstance(found, (staticmethod, classmethod, property)):
@@ -211,15 +168,15 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[li
             reasons.append("its forward is made when it runs, and is not the one of its class")
         return found, reasons
     counts: dict[str, int] = {}
-    waiting, seen = [name for name in _ENTRIES if hasattr(cls, name)], set[str]()
+    waiting, seen = [name for name in ENTRIES if hasattr(cls, name)], set[str]()
     while waiting:
         name = waiting.pop(0)
-        function = _method(cls, name)
+        function = method_of(cls, name)
         if name in seen or function is None:
             continue
         seen.add(name)
         try:
-            tree, _ = _source(function)
+            tree, _ = source_of(function)
         except UnreadError as reason:
             mentioned = sorted(set(function.__code__.co_names) & _NAMES)
             if mentioned:
@@ -251,12 +208,12 @@ class _Reader(ast.NodeVisitor):
         self.owner, self.function, self.name, self.counts = owner, function, name, counts
         self.self_name = function.__code__.co_varnames[0]
         # Also of the functions inside: a name that is a variable anywhere is not taken for a global one.
-        nodes = list(ast.walk(_source(function)[0]))
+        nodes = list(ast.walk(source_of(function)[0]))
         self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
         self.local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         self.local |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        self.free = {key: cell.cell_contents for key, cell in cells if _is_set(cell)}
+        self.free = {key: cell.cell_contents for key, cell in cells if is_set(cell)}
         self.calls: list[Call] = []
         self.methods: list[str] = []
         self.reasons: list[str] = []
@@ -359,7 +316,7 @@ class _Reader(ast.NodeVisitor):
         mro = own_class(self.owner).__mro__
         defining = next((i for i, cls in enumerate(mro) if cls.__dict__.get(self.name) is not None), 0)
         above = next((cls for cls in mro[defining + 1 :] if name in cls.__dict__), None)
-        function = _method(above, name) if above else None
+        function = method_of(above, name) if above else None
         if function is not None and (mentioned := sorted(set(function.__code__.co_names) & _NAMES)):
             self.reasons.append(f"super().{name}, which mentions {', '.join(mentioned)}")
 
@@ -390,7 +347,7 @@ class _Reader(ast.NodeVisitor):
         self._add(node, f"{name}#{count}", kind, name, plain=plain)
 
     def _add(self, node: ast.Call, key: str, kind: str, function: str, **more: Any) -> None:
-        self.calls.append(Call(self.name, _position(node), key, kind, function, self.loops > 0, **more))
+        self.calls.append(Call(self.name, position_of(node), key, kind, function, self.loops > 0, **more))
 
     def _resolve(self, node: ast.expr) -> Any:
         """What an expression of names and attributes stands for, if that is no local variable."""
@@ -444,7 +401,7 @@ def _can_be_in_place(name: str) -> bool:
     return "inplace" in inspect.signature(registry.PLAIN[name]).parameters
 
 
-def _is_set(cell: CellType) -> bool:
+def is_set(cell: CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -466,148 +423,8 @@ def _attribute_of(node: ast.expr, name: str) -> str | None:
     return cast(ast.Attribute, node).attr if is_own else None
 
 
-def _position(node: ast.Call) -> Position:
+def position_of(node: ast.Call) -> Position:
     return node.lineno, node.col_offset, cast(int, node.end_lineno), cast(int, node.end_col_offset)
-
-
-# What to write in the place of a call: method, position, key, child, whether passes are counted.
-_Sent = tuple[str, Position, str, str | None, bool]
-
-
-def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
-    """Let the module's code call modules in the place of functions; of a child's first use in a pass, the child.
-
-    Args:
-        owner: of the class that the calls were found in.
-        calls: each with its modules, one for each pass of it; for a child's first use those of the further passes.
-
-    Raises:
-        Unread: if the class can't be written anew.
-    """
-    modules: dict[str, nn.Module] = {}
-    sent: list[_Sent] = []
-    for call, of_passes in calls:
-        first_is_child = call.key == call.child
-        names = [call.key, *(f"{call.key}@{count}" for count in range(2, len(of_passes) + 1 + first_is_child))]
-        modules |= dict(zip(names[first_is_child:], of_passes, strict=True))
-        if of_passes:
-            sent.append((call.method, call.position, call.key, call.child, len(names) > 1))
-    cls = own_class(owner)
-    if cls is not type(owner) and "_written_class" not in type(owner).__dict__:
-        raise UnreadError("its class was extended after its activations were replaced, as by a parametrization")
-    if sent:
-        if parametrize.is_parametrized(owner):
-            raise UnreadError("it is parametrized")
-        names = {name for method in (*_ENTRIES, *(each[0] for each in sent)) for name in _names_in(cls, method)}
-        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or names & _CHILDREN:
-            raise UnreadError("it goes through its children, and would meet the new ones")
-    owner.__class__ = _written(cls, tuple(sent)) if sent else cls  # type: ignore[arg-type]
-    if modules:
-        owner.add_module(NAME, CallSites(modules).train(owner.training))
-    else:
-        owner._modules.pop(NAME, None)
-
-
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
-
-
-def _names_in(cls: type, name: str) -> set[str]:
-    method = _method(cls, name)
-    return set(method.__code__.co_names) if method else set()
-
-
-@functools.cache
-def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
-    """The class with its calls sent."""
-    namespace: dict[str, Any] = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_written_class": cls,
-        "__reduce_ex__": lambda self, protocol: (_new, (cls, sent), *cls.__reduce_ex__(self, protocol)[2:]),
-    }
-    counted = any(each[-1] for each in sent)
-    for name in {each[0] for each in sent} | (
-        {entry for entry in _ENTRIES if _method(cls, entry)} if counted else set()
-    ):
-        outermost = inspect.getattr_static(cls, name)
-        function = cast(FunctionType, inspect.unwrap(outermost))
-        here = {position: rest for method, position, *rest in sent if method == name}
-        written = _write(function, cls, here, restart=counted and name in _ENTRIES)
-        namespace[name] = _within(outermost, function, written)
-    return cast(type[nn.Module], type(cls)(cls.__name__, (_WrittenBase, cls), namespace))  # type: ignore[misc]
-
-
-def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
-    """An empty module of the written class, for copy and pickle."""
-    written = _written(cls, sent)  # type: ignore[arg-type]
-    return written.__new__(written)
-
-
-class _WrittenBase:
-    """First base of written classes: keeps them from what the class does when it is extended by its users."""
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        pass
-
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(
-            "torch.jit.script reads the source of the class, in which no activation is replaced. Use torch.export, or"
-            " torch.jit.trace."
-        )
-
-
-class _Writer(ast.NodeTransformer):
-    def __init__(self, self_name: str, here: dict[Position, Any]) -> None:
-        self.self_name, self.here = self_name, here
-        self.used: set[Position] = set()
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        position = _position(node)
-        node = cast(ast.Call, self.generic_visit(node))
-        if position not in self.here:
-            return node
-        self.used.add(position)
-        key, child, counted = self.here[position]
-        sites: ast.expr = self._own(NAME)
-        if counted:
-            first = [self._own(child)] if key == child else []
-            module: ast.expr = ast.Call(ast.Attribute(sites, "pick", ast.Load()), [ast.Constant(key), *first], [])
-        else:
-            module = ast.Subscript(sites, ast.Constant(key), ast.Load())
-        is_method = isinstance(node.func, ast.Attribute) and not (node.args or node.keywords)
-        named = next((each.value for each in node.keywords if each.arg == "input" or child is not None), None)
-        x = cast(ast.Attribute, node.func).value if is_method else node.args[0] if node.args else cast(ast.expr, named)
-        return ast.copy_location(ast.Call(module, [x], []), node)
-
-    def _own(self, name: str) -> ast.expr:
-        return ast.Attribute(ast.Name(self.self_name, ast.Load()), name, ast.Load())
-
-
-def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
-    """A method with its calls sent."""
-    tree, first = _source(function)
-    self_name = function.__code__.co_varnames[0]
-    writer = _Writer(self_name, here)
-    tree = cast(ast.FunctionDef, writer.visit(copy.deepcopy(tree)))
-    if writer.used != set(here):
-        raise UnreadError("its source is not the one that its calls were found in")
-    if restart:
-        begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
-        docstring = ast.get_docstring(tree, clean=False) is not None
-        tree.body.insert(int(docstring), begin)
-    code = _compiled(tree, function, first)
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if missing := set(code.co_freevars) - set(cells):
-        raise UnreadError(f"the variables {', '.join(sorted(missing))} can't be found")
-    closure = tuple(cells[key] for key in code.co_freevars)
-    written = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    return cast(FunctionType, functools.update_wrapper(_with_kwdefaults(written, function), function, updated=()))
-
-
-def _with_kwdefaults(written: FunctionType, function: FunctionType) -> FunctionType:
-    written.__kwdefaults__ = function.__kwdefaults__
-    return written
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -615,39 +432,3 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
         if isinstance(constant, CodeType):
             yield constant
             yield from _codes(constant)
-
-
-def _within(outermost: Any, function: FunctionType, written: FunctionType) -> Any:
-    """The decorated method, with the innermost function exchanged in the closures of its decorators."""
-    if outermost is function:
-        del written.__wrapped__  # type: ignore[attr-defined]
-        return written
-    if not isinstance(outermost, FunctionType):
-        raise UnreadError(f"{outermost!r} is no function")
-    cells = []
-    found = False
-    for cell in outermost.__closure__ or ():
-        content = cell.cell_contents if _is_set(cell) else None
-        if isinstance(content, FunctionType) and _leads_to(content, function):
-            cells.append(CellType(_within(content, function, written)))
-            found = True
-        else:
-            cells.append(cell)
-    if not found:
-        raise UnreadError("its decorator hides it")
-    args = outermost.__code__, outermost.__globals__, outermost.__name__, outermost.__defaults__, tuple(cells)
-    result = _with_kwdefaults(FunctionType(*args), outermost)
-    result.__dict__.update(outermost.__dict__)
-    functools.update_wrapper(result, outermost, updated=())
-    result.__wrapped__ = written  # type: ignore[attr-defined]
-    return result
-
-
-def _leads_to(wrapper: Callable[..., Any], function: FunctionType) -> bool:
-    while True:
-        if wrapper is function:
-            return True
-        following = getattr(wrapper, "__wrapped__", None)
-        if following is None:
-            return False
-        wrapper = following

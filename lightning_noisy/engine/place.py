@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_noisy.engine.calls import NAME, Call, CallSites, UnreadError, send_calls
+from lightning_noisy.engine.calls import NAME, Call, UnreadError
+from lightning_noisy.engine.sending import CallSites, send_calls
 from lightning_noisy.engine.sites import ActivationSite, ActivationSites
 from lightning_noisy.nn.noisy import NoisyActivation
 

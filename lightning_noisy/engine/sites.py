@@ -13,17 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_noisy.engine.calls import (
-    FUNCTIONS,
-    NAME,
-    Call,
-    CallSites,
-    UnreadError,
-    calls_of,
-    plain_module,
-    send_calls,
-)
+from lightning_noisy.engine.calls import FUNCTIONS, NAME, Call, UnreadError, calls_of, plain_module
 from lightning_noisy.engine.provenance import Probe, Seen, observe, trace
+from lightning_noisy.engine.sending import CallSites, send_calls
 from lightning_noisy.engine.snapshot import Snapshot
 from lightning_noisy.nn import registry
 
@@ -281,10 +273,11 @@ def _walk(owner: nn.Module, path: str, feeds_on: bool, seen: set[nn.Module]) -> 
     for call in calls:
         if call.kind == "module" and call.key not in uses:
             continue
-        held = None if call.child is None else owner._modules.get(call.child)
-        if call.child is not None and held is None:
-            held = (_held_function(owner.__dict__.get(call.child)) or ("", None))[1]
-        module = sent.get(call.key, call.plain if call.child is None else held)
+        module = sent.get(call.key, call.plain)
+        if module is None and call.child is not None:
+            module = owner._modules.get(call.child)
+            if module is None and (function := _held_function(owner.__dict__.get(call.child))) is not None:
+                module = function[1]
         # A second use is named like a child, not like a call.
         yield _Spot(
             path,

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy import activation_sites, replace_activations, restore_activations
-from lightning_noisy.engine import calls
+from lightning_noisy.engine import calls, sending
 from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
 
 IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -360,7 +360,7 @@ def test_an_argument_known_only_when_it_runs_is_named():
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     model = Inception(blocks=1)
     structure = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
-    send, count = calls.send_calls, []
+    send, count = sending.send_calls, []
 
     def fails(owner, theirs):
         count.append(owner)
