@@ -186,6 +186,8 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[li
         reader.visit(tree)
         found += reader.calls
         reasons += reader.reasons
+        if left := sorted({named for node, named in reader.mentioned.items() if node not in reader.taken}):
+            reasons.append(f"{name} has {', '.join(left)} other than in a call that can be replaced")
         waiting += [each for each in reader.methods if each not in seen]
     return found, reasons
 
@@ -217,6 +219,8 @@ class _Reader(ast.NodeVisitor):
         self.calls: list[Call] = []
         self.methods: list[str] = []
         self.reasons: list[str] = []
+        self.mentioned: dict[ast.expr, str] = {}
+        self.taken: set[ast.expr] = set()
         self.loops = 0
 
     def visit_For(self, node: ast.For) -> None:
@@ -263,6 +267,18 @@ class _Reader(ast.NodeVisitor):
                 self._name_helper(own, found.fget)
             elif callable(found):
                 self.methods.append(own)
+        elif node.attr in _NAMES:
+            self._mention(node, node.attr)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """Note an activation that is mentioned by its name."""
+        if node.id in _NAMES and isinstance(node.ctx, ast.Load) and node.id not in self.local:
+            self._mention(node, node.id)
+
+    def _mention(self, node: ast.expr, name: str) -> None:
+        known = self._resolve(node)
+        if (_hashable(known) and known in FUNCTIONS) or (inspect.isclass(known) and known in _MODULES):
+            self.mentioned[node] = name
 
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
@@ -347,6 +363,7 @@ class _Reader(ast.NodeVisitor):
         self._add(node, f"{name}#{count}", kind, name, plain=plain)
 
     def _add(self, node: ast.Call, key: str, kind: str, function: str, **more: Any) -> None:
+        self.taken |= {node.func, node.func.func} if isinstance(node.func, ast.Call) else {node.func}
         self.calls.append(Call(self.name, position_of(node), key, kind, function, self.loops > 0, **more))
 
     def _resolve(self, node: ast.expr) -> Any:

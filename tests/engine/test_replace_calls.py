@@ -399,14 +399,14 @@ def test_stripped_batch_norms_keep_their_statistics_and_what_is_lost_is_said():
 
 
 def test_a_batch_norm_goes_before_the_head():
-    model = ResNet()
+    model, _ = made("resnet")
     keys = set(model.state_dict())
     replace_activations(model, "nsw", buffer_batchnorm=True)
     inputs = []
     handle = model.fc.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
     model(IMAGE)
     handle.remove()
-    assert inputs[0].mean(0).abs().max() < 1e-5
+    assert inputs[0].mean(0).abs().max() < 1e-3
     assert keys < set(model.state_dict())
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin.eval()(IMAGE), model.eval()(IMAGE))

@@ -19,6 +19,7 @@ from patterns import (
     LoopOfOne,
     NewGELU,
     QuickGELU,
+    Renamed,
     ResNet,
     Shared,
     SqueezeExcite,
@@ -156,6 +157,8 @@ def test_what_cannot_be_looked_into_is_named_with_the_reason():
         "(root): squash, which mentions tanh: make it a method, or a module",
         "(root): swish, which mentions sigmoid: make it a method, or a module",
     ]
+    renamed = activation_sites(Renamed())
+    assert renamed.not_seen == ["(root): forward has ReLU, elu other than in a call that can be replaced"]
     code = {}
     exec("def forward(self, x): return relu(x)", {"relu": torch.relu}, code)
     hidden = type("Hidden", (nn.Module,), code)
