@@ -197,10 +197,11 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
     Returns:
         Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
     """
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
-    compiling = torch.compiler.is_compiling()
-    # Compiled for a CPU, the hash takes ten times as long as the sampler.
-    if (transformed and not compiling) or (compiling and x.device.type == "cpu"):
+    if torch.compiler.is_compiling():
+        as_operator = x.device.type == "cpu"  # where the hash, compiled, takes ten times as long as the sampler
+    else:
+        as_operator = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
+    if as_operator:
         drawn: Tensor = _as_operator(x.detach(), first, signed(second))
         return drawn
     return _drawn(x, first, second)

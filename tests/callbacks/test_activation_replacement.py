@@ -2,7 +2,8 @@ import lightning as L
 import pytest
 import torch
 from helpers import Net, SpySGD, all_equal, batches, loader, parameters_of, quiet_trainer, scalars
-from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -241,12 +242,13 @@ def test_test_of_a_checkpoint_has_its_annealed_noise(tmp_path):
     assert fresh.first.c == 3.0
 
 
+@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="came with lightning 2.6")
 def test_replacement_after_a_copy_for_averaging_is_refused():
-    averaging = WeightAveraging()
+    averaging = callbacks.WeightAveraging()
     with pytest.raises(MisconfigurationException, match="Put ActivationReplacement before it"):
         quiet_trainer(callbacks=[averaging, ActivationReplacement("nsw")]).fit(Net(), loader(batches(1)))
     module = Net()
-    quiet_trainer(callbacks=[ActivationReplacement("nsw"), WeightAveraging()]).fit(module, loader(batches(4)))
+    quiet_trainer(callbacks=[ActivationReplacement("nsw"), callbacks.WeightAveraging()]).fit(module, loader(batches(4)))
     assert type(module.net[1]) is NSwish
 
 

@@ -163,6 +163,8 @@ def test_replaced_models_copy_and_pickle(name, clone):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "inception", "loop", "transformer"])
 def test_replaced_models_compile_without_a_break_and_export(name):
+    if name == "loop" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 doesn't export what counts its passes")
     torch._dynamo.reset()
     model, x = made(name)
     replace_activations(model, "nsw", example_inputs=x.detach(), **EVERYTHING)

@@ -51,6 +51,7 @@ def test_checkpointing_and_compiling_together_change_nothing(make, inside):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="torch 2.6 can't trace the derivative of any function")
 def test_instances_of_any_function_export_and_vectorize():
     module, x = NormalizedActivation(lambda x: x * torch.sigmoid(2 * x), instance_dims=-1).eval(), torch.randn(2, 3, 5)
     exported = torch.export.export(module, (x,)).module()
@@ -172,8 +173,9 @@ def test_huge_numbers_in_double_precision_leave_the_running_values():
 
 def test_prelu_within_a_half_precision_module():
     module = NormalizedActivation(nn.Sequential(nn.PReLU())).bfloat16()
-    assert module(torch.randn(50).bfloat16()).dtype == torch.bfloat16
-    assert module.running_rho_prime.item() == pytest.approx(0.53, abs=0.15)
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    assert module(x.bfloat16()).dtype == torch.bfloat16
+    assert module.running_rho_prime.item() == pytest.approx((1 + 0.25**2) / 2, abs=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
