@@ -262,7 +262,7 @@ class GradientNoiseHandle:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         groups = optimizer.param_groups
         identities = [list(map(id, group["params"])) for group in groups]
-        if self._plan is None or identities != self._identities or self._plan.is_stale():
+        if self._plan is None or identities != self._identities:
             self._plan = self._make_plan(optimizer)
             self._known = [p for group in groups for p in group["params"]]  # alive, so that no id is used again
             self._identities = [] if any(map(is_lazy, self._known)) else identities

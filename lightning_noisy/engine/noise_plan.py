@@ -1,12 +1,15 @@
 """Which numbers of the noise each gradient gets, and adding them fast.
 
 Each parameter has numbers of its own, keyed by its name. Any shard of a gradient knows where in the whole it belongs,
-and draws just its share. Numbers are drawn in batches that fit the cache, for many small gradients at once.
+and draws just its share. Float32 gradients on the CPU get it where they are, from the compiled kernel; for others the
+numbers are drawn in batches that fit the cache, for many small gradients at once.
 """
 
 from __future__ import annotations
 
 import operator
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -16,13 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_noisy.functional.gaussian import Key, Sampler, erfinv_at, signed, stream_key, substream
+from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
 __all__ = ["NoisePlan", "total_norm"]
 
-_MOST_AT_ONCE = 1 << 16  # elements of a block that is not contiguous
-_SMALL = 1 << 13  # elements; below, setting up the counters costs more than drawing, and they are kept:
-_MOST_KEPT = 1 << 22  # for so many elements, in 16 MiB
+_MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart,
+_MOST_IN_PLACE = 1 << 20  # and of one that has rows of its own, and gets the numbers where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +35,6 @@ class _Place:
     group: int
     offset: int
     start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A tensor whose elements have consecutive addresses in row-major order.
-
-    Or only those of a row have: then ``start`` has the first address of each row, and ``even`` says whether all
-    rows begin at an even address and have an even number of elements.
-    """
-
-    tensor: Tensor
-    start: int | Tensor
-    even: bool = False
 
 
 class NoisePlan:
@@ -63,29 +52,17 @@ class NoisePlan:
         groups: list[int] | None = None,
         shards: dict[torch.nn.Parameter, int] | None = None,
     ) -> None:
-        self._samplers: dict[torch.device, Sampler] = {}
         places = [
-            _Place(p, group, substream((0, 0), name)[0], (shards or {}).get(p, 0))
+            _Place(p, group, signed(substream((0, 0), name)[0]), (shards or {}).get(p, 0))
             for (name, p), group in zip(parameters.items(), groups or [0] * len(parameters), strict=True)
         ]
         self._places = sorted(places, key=lambda place: place.group)
-        self._packs: list[_Pack] = []
-        self._single: list[_Place] = []
-        kept = 0
-        open_packs: dict[torch.device, _Pack] = {}
-        for place in self._places:
-            p = place.parameter
-            fits = p.numel() < _SMALL and kept + p.numel() <= _MOST_KEPT
-            if not fits or type(p.data) is not Tensor or p.is_complex() or place.start:
-                self._single.append(place)
-                continue
-            kept += p.numel()
-            pack = open_packs.get(p.device)
-            if pack is None or not pack.take(place):
-                pack = open_packs[p.device] = _Pack(self._sampler(p.device), place)
-                self._packs.append(pack)
-        for pack in self._packs:
-            pack.close()
+        indices = [place.group for place in self._places]
+        self._spans = {group: slice(bisect_left(indices, group), bisect_right(indices, group)) for group in {*indices}}
+        self._parameters = [place.parameter for place in self._places]
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        starts, offsets = ([getattr(place, name) for place in self._places] for name in ("start", "offset"))
+        self._runs = Runs(offsets, starts, self._sizes)
 
     def gradients(self, scales: list[float]) -> list[Tensor]:
         """The gradients that are there, of the groups whose scale is not 0."""
@@ -102,10 +79,6 @@ class NoisePlan:
                 total += stds[place.group] ** 2 * gradient.numel()
         return sqrt(total)
 
-    def is_stale(self) -> bool:
-        """Whether parameters have other sizes, or are elsewhere, than when the plan was made."""
-        return any(pack.is_stale() for pack in self._packs)
-
     @torch.no_grad()
     def add_noise(self, stds: list[float], stream: tuple[int | str, ...], step: int) -> bool:
         """Add the noise of a step to every gradient that is there; tell whether there was any.
@@ -118,29 +91,36 @@ class NoisePlan:
         Raises:
             TypeError: if a gradient is of a kind that noise can't be added to; none has got any then.
         """
-        key, stds = stream_key(*stream, step), [std * sqrt(2) for std in stds]  # for numbers of variance 1/2
-        packed = [(pack, *pack.gradients()) for pack in self._packs]
-        places = [place for place in self._single if place.parameter.grad is not None]
-        places += [place for _, _, others in packed for place in others]
+        first, second = stream_key(*stream, step)
+        gradients = [parameter.grad for parameter in self._parameters]
+        pointers = [
+            _pointer(g) if g is not None and g.numel() == size else 0
+            for g, size in zip(gradients, self._sizes, strict=True)
+        ]
+        others = [
+            place
+            for place, gradient, pointer in zip(self._places, gradients, pointers, strict=True)
+            if not pointer and gradient is not None
+        ]
         alike: dict[tuple[torch.device, float], list[_Place]] = {}
-        for place in places:
+        for place in others:
             gradient = _checked_gradient(place.parameter)
             std = stds[place.group] * (sqrt(0.5) if gradient.is_complex() else 1.0)
             alike.setdefault((gradient.device, std), []).append(place)
-        for pack, gradients, _ in packed:
-            pack.add_noise(gradients, stds, key)
-        for (device, std), group in alike.items():
-            batch = _Batch(self._sampler(device), std, key)
-            for place in group if std else ():
-                for block in _blocks(place.parameter, place.start):
-                    batch.add(block, place.offset)
+        if any(pointers):
+            runs, where = self._runs.moved(first), torch.frombuffer(array("q", pointers), dtype=torch.int64)
+            for group, span in self._spans.items():
+                if stds[group]:
+                    runs[span].add_at(where[span], second, stds[group])
+                    changed = zip(gradients[span], pointers[span], strict=True)
+                    torch.autograd.graph.increment_version([g for g, there in changed if g is not None and there])
+        for (device, std), group_of_places in alike.items():
+            batch = _Batch(device, std, second)
+            for place in group_of_places if std else ():
+                for tensor, starts in _blocks(place.parameter, place.start):
+                    batch.add(tensor, starts, first + place.offset)
             batch.flush()
-        return bool(places) or any(g is not None for _, gradients, _ in packed for g in gradients)
-
-    def _sampler(self, device: torch.device) -> Sampler:
-        if device not in self._samplers:
-            self._samplers[device] = Sampler(device)
-        return self._samplers[device]
+        return any(gradient is not None for gradient in gradients)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -164,135 +144,62 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-class _Pack:
-    """Small parameters of one device, drawn at once: their counters and the numbers' views are kept."""
-
-    def __init__(self, sampler: Sampler, first: _Place) -> None:
-        self._sampler = sampler
-        self._places: list[_Place] = []
-        self._pairs = 0
-        self.take(first)
-
-    def take(self, place: _Place) -> bool:
-        """Add a parameter if there is room for it."""
-        pairs = _pairs(place.parameter)
-        if self._pairs + pairs > self._sampler.pairs:
-            return False
-        self._places.append(place)
-        self._pairs += pairs
-        return True
-
-    def close(self) -> None:
-        """Prepare for :meth:`add_noise`."""
-        groups = [place.group for place in self._places]
-        self._runs = {group: slice(groups.index(group), len(groups) - groups[::-1].index(group)) for group in groups}
-        self._parameters = [place.parameter for place in self._places]
-        self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._views, counters, used = [], [], 0
-        for place, size in zip(self._places, self._sizes, strict=True):
-            pairs = _pairs(place.parameter)
-            counters.append(self._sampler.counters_of(0, pairs, place.offset))
-            self._views.append(self._sampler.numbers(size, 2 * used).view(place.parameter.shape))
-            used += pairs
-        self._counters = torch.cat(counters)
-
-    def is_stale(self) -> bool:
-        """Whether the parameters have other sizes, or are elsewhere, than the views of their numbers."""
-        moved = self._parameters[0].device != self._counters.device
-        return moved or [parameter.numel() for parameter in self._parameters] != self._sizes
-
-    def gradients(self) -> tuple[list[Tensor | None], list[_Place]]:
-        """The parameters' gradients, and the places of those that need another way, for which there is None."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        others = []
-        if {None if g is None else g.layout for g in gradients} - {None, torch.strided}:
-            for i, place in enumerate(self._places):
-                gradient = gradients[i]
-                if gradient is not None and gradient.layout is not torch.strided:
-                    gradients[i] = None
-                    others.append(place)
-        return gradients, others
-
-    def add_noise(self, gradients: list[Tensor | None], stds: list[float], key: Key) -> None:
-        """Add a step's noise to the gradients that are not None."""
-        everything = slice(0, len(gradients))
-        alike = len({stds[group] for group in self._runs}) == 1
-        runs = [(everything, stds[next(iter(self._runs))])] if alike else [(r, stds[g]) for g, r in self._runs.items()]
-        if not any(std for _, std in runs) or all(g is None for g in gradients):
-            return
-        torch.add(self._counters, signed(key[0]), out=self._sampler.counters[: self._pairs])
-        self._sampler.draw(self._pairs, key[1])
-        for run, std in runs:
-            targets, views = gradients[run], self._views[run]
-            present = [g for g in targets if g is not None]
-            if len(present) < len(targets):
-                views = [view for g, view in zip(targets, views, strict=True) if g is not None]
-            if present and std:
-                _add(present, views, std)
-
-
-def _add(tensors: list[Tensor], noise: list[Tensor], std: float) -> None:
-    with torch.inference_mode():  # spares every tensor autograd's part
-        torch._foreach_add_(tensors, noise, alpha=std)
-
-
-def _pairs(parameter: Tensor) -> int:
-    return (parameter.numel() + 1) // 2
+def _pointer(tensor: Tensor) -> int:
+    """Where a tensor lies in memory, if that is what the kernel takes: float32, on the CPU, contiguous. Else 0."""
+    plain = type(tensor) is Tensor and isinstance(tensor, torch.FloatTensor)  # dense ones, on the CPU
+    if plain and kernel() is not None and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor.data_ptr()
+    return 0
 
 
 class _Batch:
-    """Collects blocks of one device and σ until a sampler is full, and then draws the numbers of all."""
+    """Adds the noise of one device and σ, with few calls: collects blocks, and draws the numbers of all at once."""
 
-    def __init__(self, sampler: Sampler, std: float, key: Key) -> None:
-        self._sampler = sampler
+    def __init__(self, device: torch.device, std: float, second: int) -> None:
+        self._device = device
         self._std = std
-        self._key = key
-        self._used = 0  # pairs
+        self._second = second
+        self._most = _most_at_once(device)
+        self._used = 0
         self._tensors: list[Tensor] = []
-        self._views: list[Tensor] = []
+        self._runs: list[tuple[int, int, int]] = []
 
-    def add(self, block: _Block, offset: int) -> None:
-        """Take a block in, and add the noise to what there is no more room for."""
-        tensor, start = block.tensor, block.start
-        if isinstance(start, Tensor):
-            width = tensor.numel() // len(start)
-            if block.even:
-                self._put(tensor, start.view(-1, 1) // 2, width // 2, 0, offset)
-            else:
-                address = start.view(-1, 1) + torch.arange(width, device=start.device)
-                key = ((self._key[0] + offset) % 2**64, self._key[1])
-                tensor.add_(erfinv_at(key, address).view(tensor.shape), alpha=self._std)
-            return
-        if not tensor.is_contiguous():
-            self._put(tensor, start // 2, -(-(start % 2 + tensor.numel()) // 2), start % 2, offset)
-            return
-        tensor = tensor.view(-1)
-        while tensor.numel():
-            if self._used == self._sampler.pairs:
+    def add(self, tensor: Tensor, starts: list[int] | Tensor, first: int) -> None:
+        """Take in a block: a tensor, and the addresses at which its rows, of equal length, start."""
+        first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
+        if pointer := _pointer(tensor):
+            firsts, widths = (torch.full((rows,), number, device="cpu") for number in (first, width))
+            pointers = pointer + 4 * width * torch.arange(rows, device="cpu")
+            Runs(firsts, starts, widths).add_at(pointers, self._second, self._std)
+            torch.autograd.graph.increment_version(tensor)
+        elif tensor.numel() <= self._most:
+            if self._used + tensor.numel() > self._most:
                 self.flush()
-            skip = start % 2
-            room = 2 * (self._sampler.pairs - self._used) - skip
-            part, tensor = tensor[:room], tensor[room:]
-            self._put(part, start // 2, -(-(skip + part.numel()) // 2), skip, offset)
-            start += part.numel()
-
-    def _put(self, tensor: Tensor, first: int | Tensor, pairs: int, skip: int, offset: int) -> None:
-        shape = (pairs,) if isinstance(first, int) else (len(first), pairs)
-        if self._used + prod(shape) > self._sampler.pairs:
-            self.flush()
-        end = self._used + prod(shape)
-        out = self._sampler.counters[self._used : end].view(shape)
-        self._sampler.counters_of(first, pairs, self._key[0] + offset, out=out)
-        self._tensors.append(tensor)
-        self._views.append(self._sampler.numbers(tensor.numel(), 2 * self._used + skip).view(tensor.shape))
-        self._used = end
+            self._tensors.append(tensor)
+            listed = starts.tolist() if isinstance(starts, Tensor) else starts
+            self._runs += [(first, start, width) for start in listed]
+            self._used += tensor.numel()
+        else:
+            (start,) = starts
+            for part in tensor.view(-1).split(self._most):
+                self.add(part, [start], first)
+                start += part.numel()
 
     def flush(self) -> None:
         """Add the noise to what has been collected."""
         if self._tensors:
-            self._sampler.draw(self._used, self._key[1])
-            _add(self._tensors, self._views, self._std)
-        self._used, self._tensors, self._views = 0, [], []
+            runs = Runs(*map(list, zip(*self._runs, strict=True)))
+            numbers = runs.draw(self._second, self._std, self._device)
+            parts = numbers.split([tensor.numel() for tensor in self._tensors])
+            noise = [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
+            with torch.inference_mode():  # spares every tensor autograd's part
+                torch._foreach_add_(self._tensors, noise)
+        self._used, self._tensors, self._runs = 0, [], []
+
+
+def _most_at_once(device: torch.device) -> int:
+    """Most numbers to draw into memory: 0.5 MiB, which a CPU's cache holds, and elsewhere 4 MiB."""
+    return 1 << (17 if device.type == "cpu" else 20)
 
 
 def _checked_gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -314,8 +221,11 @@ def _checked_gradient(parameter: torch.nn.Parameter) -> Tensor:
     return gradient
 
 
-def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
-    """The parts of a parameter's gradient, as plain dense real tensors, and where their numbers are."""
+def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[tuple[Tensor, list[int] | Tensor]]:
+    """The parts of a parameter's gradient, as plain dense real tensors, and the addresses where their rows start.
+
+    Within a row, which may be the whole tensor, addresses are consecutive in row-major order.
+    """
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -327,18 +237,18 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
         yield from _windows(local, start + sum(map(operator.mul, first, strides)), strides)
     elif gradient.is_sparse:
         # Rows without a gradient get no noise, as they get no update from a sparse optimizer.
-        rows, values = gradient.indices()[0], gradient.values()
+        rows, values = gradient.indices()[0].cpu(), gradient.values()
         if values.is_complex():
             values = torch.view_as_real(values)
         width = prod(values.shape[1:])
         if not values.numel():
             return
         if width > _MOST_AT_ONCE:
-            yield from (_Block(row, start + i * width) for i, row in zip(rows.tolist(), values, strict=True))
+            yield from ((row, [start + i * width]) for i, row in zip(rows.tolist(), values, strict=True))
             return
-        height = _MOST_AT_ONCE // width
+        height = _most(values) // width
         for part, indices in zip(values.split(height), rows.split(height), strict=True):
-            yield _Block(part, start + indices * width, even=start % 2 == width % 2 == 0)
+            yield part, start + indices * width
     elif gradient.is_complex():
         real = torch.view_as_real(gradient)
         yield from _windows(real, 2 * start, _strides(tuple(real.shape)))
@@ -346,29 +256,32 @@ def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[_Block]:
         yield from _windows(gradient, start, _strides(tuple(gradient.shape)))
 
 
-def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[_Block]:
+def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[tuple[Tensor, list[int] | Tensor]]:
     """Blocks of a tensor whose address goes up by ``steps`` along its dimensions."""
-    shape, size = tuple(tensor.shape), tensor.numel()
+    shape, size, most = tuple(tensor.shape), tensor.numel(), _most(tensor)
     inner = len(shape)  # the dimensions from this one on lie one after another
     while inner and (shape[inner - 1] == 1 or steps[inner - 1] == prod(shape[inner:])):
         inner -= 1
     if not size:
         return
-    if inner == 0 and (size <= _MOST_AT_ONCE or tensor.is_contiguous()):
-        yield _Block(tensor, start)
-    elif size <= _MOST_AT_ONCE:
-        starts = torch.full((1,), start, device=tensor.device)
+    if inner == 0 and (size <= most or tensor.is_contiguous()):
+        yield tensor, [start]
+    elif size <= most:
+        starts = torch.full((1,), start, device="cpu")
         for length, step in zip(shape[:inner], steps[:inner], strict=True):
-            starts = (starts[:, None] + torch.arange(length, device=tensor.device) * step).view(-1)
-        even = not any(number % 2 for number in (start, prod(shape[inner:]), *steps[:inner]))
-        yield _Block(tensor, starts, even)
-    elif (row := size // shape[0]) > _MOST_AT_ONCE:
+            starts = (starts[:, None] + torch.arange(length, device="cpu") * step).view(-1)
+        yield tensor, starts
+    elif (row := size // shape[0]) > most:
         for i in range(shape[0]):
             yield from _windows(tensor[i], start + i * steps[0], steps[1:])
     else:
-        rows = _MOST_AT_ONCE // row
+        rows = most // row
         for i in range(0, shape[0], rows):
             yield from _windows(tensor[i : i + rows], start + i * steps[0], steps)
+
+
+def _most(tensor: Tensor) -> int:
+    return _MOST_IN_PLACE if _pointer(tensor) else _MOST_AT_ONCE
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

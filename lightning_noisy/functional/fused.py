@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_noisy.functional.gaussian import Key, sampler
+from lightning_noisy.functional.gaussian import Key, draw_
 from lightning_noisy.functional.moments import Moments
 
 __all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "normalize", "rescale_", "takes"]
@@ -273,27 +273,25 @@ class OutputNoise:
             weight: same shape.
             key: of the noise.
         """
-        draws = sampler()
-        size = 2 * draws.pairs
-        line_, delta_, t_ = (torch.empty(min(size, x.numel()), dtype=torch.float32) for _ in range(3))
-        for start in range(0, x.numel(), size):
-            part, value, kept = (tensor[start : start + size] for tensor in (x, y, weight))
+        k, start = self._k(), 0
+        line_, delta_, t_, epsilon_ = (torch.empty(min(_BLOCK, x.numel()), dtype=torch.float32) for _ in range(4))
+        for part, value, kept in _blocks(x, y, weight):
             count = part.numel()
             line = self._line(part, line_[:count])
             delta, t = self._delta(line, delta_[:count]), t_[:count]
-            draws.counters_of(start // 2, (count + 1) // 2, key[0], out=draws.counters[: (count + 1) // 2])
-            epsilon = draws.draw((count + 1) // 2, key[1])[:count]
+            epsilon = draw_(epsilon_[:count], key, start=start)
+            start += count
             torch.tanh(torch.mul(delta, self.p / 2, out=t), out=t)
             self._mean(line, delta, value)
             torch.abs(t, out=delta)
             delta.mul_(epsilon.abs_() if self.half_normal else epsilon)  # |T| ε
             torch.mul(delta, t, out=kept)
-            value.add_(kept, alpha=self._k() * math.sqrt(2))
+            value.add_(kept, alpha=k)
             torch.addcmul(delta, kept, t, value=-1, out=kept)
 
     def backward(self, x: Tensor, weight: Tensor, gradient: Tensor, out: Tensor) -> float:
         """Write the gradient of ``x`` into ``out``, and return that of p; arguments as in :meth:`forward`."""
-        k = self._k() * math.sqrt(2)
+        k = self._k()
         line_, delta_ = (torch.empty(min(_BLOCK, x.numel()), dtype=torch.float32) for _ in range(2))
         total = 0.0
         for part, kept, incoming, outgoing in _blocks(x, weight, gradient, out):

@@ -3,33 +3,53 @@ r"""Gaussian noise as a function: every number is computed from a key and its ow
 No generator is advanced, so any part of the noise can be had alone, by any process, in any order. Two neighbouring
 numbers come from one 64-bit counter: it starts as the key's first half plus the pair's index times Weyl's constant,
 is mixed with the key's second half, and twice with itself by shifting and multiplying (as SplitMix64 does; Steele, Lea
-and Flood 2014), and its two 32-bit words u become the numbers :math:`\sqrt 2\, \mathrm{erf}^{-1}(u / 2^{31})`.
-Integer arithmetic is exact everywhere; devices differ in the last bits of erf⁻¹. Numbers lie within ±5.43, as words
-of 32 bits, taken to float32, go no nearer to ±1.
+and Flood 2014). Its two 32-bit words, as u in (0, 1] and t in [-1, 1], become the numbers
+:math:`\sqrt{-2 \ln u} \cos \pi t` and :math:`\sqrt{-2 \ln u} \sin \pi t` (Box and Muller 1958), which lie within ±6.67.
+
+On the CPU the logarithm, the sine and the cosine are polynomials here, of operations that IEEE 754 rounds correctly, so
+that every CPU gets the same bits, and so does the kernel in ``gaussian.c``, which does the work wherever there is a C
+compiler. Other devices take torch's functions, and differ in the last bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import threading
-from math import sqrt
+import logging
+from functools import cache
+from math import pi
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Key", "Sampler", "add_gaussian_", "gaussian", "gaussian_at", "gaussian_like", "stream_key", "substream"]
+from lightning_noisy.functional.kernel import compiled
+
+__all__ = [
+    "Key",
+    "Runs",
+    "add_gaussian_",
+    "draw_",
+    "gaussian",
+    "gaussian_at",
+    "gaussian_like",
+    "stream_key",
+    "substream",
+]
 
 Key = tuple[int, int]
-_local = threading.local()  # the CPU's sampler
+
+_log = logging.getLogger(__name__)
 
 _WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
 _FACTOR = 0xD6E8FEB86659FD93
-_TO_UNIT = (1 - 2**-24) / 2**31  # from a word, rounded to float32, into (-1, 1)
+_AT_ONCE = 1 << 17  # numbers that torch's operations draw at once: a few MiB, which a CPU's cache holds
 
-# MKL, which computes erf⁻¹ for torch on many CPUs, sets itself up at the first call. Where two threads make that at
-# once, which happened in one process of a thousand, the result is off in the fifth digit. One element has one thread.
-torch.erfinv(torch.zeros(1, device="cpu"))
+# Least maximum error over the range, each coefficient rounded to float32 before the next was fitted.
+_LOG = (-0.666677177, 0.500034928, -0.399307430, 0.331312805, -0.297544450, 0.287004471, -0.178343669)
+_SIN = (1.57079625, -0.645962775, 0.0796861798, -0.00466894731, 0.000149283500)
+_COS = (1.0, -1.23370051, 0.253669083, -0.0208619013, 0.000916733348, -0.0000234020771)
 
 
 def stream_key(*parts: int | str) -> Key:
@@ -62,36 +82,64 @@ def signed(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _mix_(counters: Tensor, other: Tensor, second: int) -> Tensor:
-    """Turn int64 counters into random bits in place, with ``other`` as scratch and the key's second half."""
+def _bits(counters: Tensor, second: int) -> Tensor:
+    """The random bits, int64, of int64 counters and the key's second half."""
     # torch shifts int64 with the sign, so that an xor of the upper half into the lower one clears the top bit. It
     # comes back with the product; the last step adds, to keep it.
-    torch.bitwise_right_shift(counters, 32, out=other)
-    torch.bitwise_xor(counters, other, out=counters)
-    torch.bitwise_xor(counters, second, out=counters)
-    torch.mul(counters, signed(_FACTOR), out=counters)
-    torch.bitwise_right_shift(counters, 32, out=other)
-    torch.bitwise_xor(counters, other, out=counters)
-    torch.mul(counters, signed(_FACTOR), out=counters)
-    torch.bitwise_right_shift(counters, 32, out=other)
-    return torch.add(counters, other, out=counters)
+    bits = (counters >> 32).bitwise_xor_(counters).bitwise_xor_(signed(second)).mul_(signed(_FACTOR))
+    bits = (bits >> 32).bitwise_xor_(bits).mul_(signed(_FACTOR))
+    return (bits >> 32).add_(bits)
 
 
-def erfinv_at(key: Key | tuple[Tensor, int], address: Tensor) -> Tensor:
-    """The numbers at any addresses with half their variance, erf⁻¹ of uniform ones: the reference of the Sampler."""
-    first = key[0] if isinstance(key[0], Tensor) else signed(key[0])
-    counters = (address >> 1) * signed(_WEYL) + first
-    bits = _mix_(counters, torch.empty_like(counters), signed(key[1]))
-    words = torch.where(address % 2 == 0, bits << 32 >> 32, bits >> 32)
-    return torch.erfinv(words.to(torch.float32) * _TO_UNIT)
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = x * coefficients[-1] + coefficients[-2]
+    for coefficient in coefficients[-3::-1]:
+        value.mul_(x).add_(coefficient)
+    return value
 
 
-def gaussian_at(key: Key, address: Tensor) -> Tensor:
-    """The standard normal numbers of a key at any addresses.
+def _radius(u: Tensor) -> Tensor:
+    """√(-2 ln u) for float32 in (0, 1]."""
+    if u.device.type != "cpu":
+        return u.log().mul_(-2).sqrt_()
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23  # so that u = 2^exponent (1 + f), with 1 + f in [√½, √2)
+    f = (bits - (exponent << 23)).view(torch.float32).sub_(1)
+    f2 = f * f
+    square = _polynomial(f, _LOG).mul_(f2 * f).add_(f2).add_(f.mul_(-2)).add_(exponent.float().mul_(-1.38629436))
+    return square.double().sqrt_().float()  # MKL rounds square roots of float32 wrongly, one of a hundred
+
+
+def _on_circle(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of πt for float32 in [-1, 1]."""
+    if t.device.type != "cpu":
+        return torch.cos(t * pi), torch.sin(t * pi)
+    t2 = t * t
+    s, c = _polynomial(t2, _SIN).mul_(t), _polynomial(t2, _COS)  # of half the angle
+    twice = s + s
+    return s.mul_(twice).neg_().add_(1), c.mul_(twice)
+
+
+def _pairs(counters: Tensor, second: int, std: float) -> tuple[Tensor, Tensor]:
+    """The two float32 numbers of each int64 counter, times σ."""
+    bits = _bits(counters, second)
+    radius = _radius((bits & 0xFFFFFFFF).bitwise_right_shift_(1).float().mul_(2**-31).add_(2**-32)).mul_(std)
+    cosine, sine = _on_circle(bits.bitwise_right_shift_(32).float().mul_(2**-31))
+    return cosine.mul_(radius), sine.mul_(radius)
+
+
+def _at(first: int | Tensor, second: int, address: Tensor, std: float) -> Tensor:
+    even, odd = _pairs((address >> 1) * signed(_WEYL) + first, second, std)
+    return torch.where(address % 2 == 0, even, odd)
+
+
+def gaussian_at(key: Key, address: Tensor, std: float = 1.0) -> Tensor:
+    """The normal numbers of a key at any addresses: the readable way, and the reference of the fast one.
 
     Args:
         key: from :func:`stream_key`.
         address: int64 tensor of any shape, >= 0.
+        std: σ, >= 0, with which they are multiplied in float32.
 
     Returns:
         Float32 tensor of the same shape, on the same device.
@@ -101,61 +149,101 @@ def gaussian_at(key: Key, address: Tensor) -> Tensor:
     >>> bool(numbers[0, 0] == numbers[1, 1] != numbers[0, 1])
     True
     """
-    return erfinv_at(key, address) * sqrt(2)
+    return _at(signed(key[0]), key[1], address, std)
 
 
-class Sampler:
-    """Draws numbers fast, some ten thousand at a time, in memory that it keeps.
-
-    ``counters[:n]`` are to be set to what :meth:`counters_of` gives, or to parts of several such, plus the first half
-    of a key; then :meth:`draw` makes them into 2n numbers.
+class Runs:
+    """Runs of consecutive addresses, of one stream or of several.
 
     Attributes:
-        pairs: most pairs of numbers that can be drawn at once.
-        counters: int64 tensor, shape (pairs,).
+        firsts: the first half of each run's key, as int64.
+        starts: its first address, >= 0.
+        counts: how many addresses it has. All three are int64 tensors of shape (runs,) on the CPU.
     """
 
-    @torch.inference_mode(False)  # its memory is to be of use outside, too
-    def __init__(self, device: torch.device) -> None:
-        # 2 MiB, which the caches of two cores hold, and elsewhere 16 MiB, to occupy the device.
-        self.pairs = 1 << (16 if device.type == "cpu" else 19)
-        self.counters, self._other = (torch.empty(self.pairs, dtype=torch.int64, device=device) for _ in range(2))
-        self._numbers = torch.empty(2 * self.pairs, dtype=torch.float32, device=device)
-        self._ramp = torch.arange(self.pairs, dtype=torch.int64, device=device).mul_(signed(_WEYL))
+    def __init__(self, firsts: list[int] | Tensor, starts: list[int] | Tensor, counts: list[int] | Tensor) -> None:
+        self.firsts, self.starts, self.counts = (
+            torch.as_tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (firsts, starts, counts)
+        )
 
-    def counters_of(self, first: int | Tensor, pairs: int, offset: int, out: Tensor | None = None) -> Tensor:
-        """Counters of consecutive pairs of addresses.
+    def __getitem__(self, part: slice) -> Runs:
+        return Runs(self.firsts[part], self.starts[part], self.counts[part])
 
-        Args:
-            first: index of the first pair, >= 0; or a tensor of them, shape (rows, 1).
-            pairs: how many, <= the sampler's.
-            offset: is added: the first half of a key, for one.
-            out: where to write them.
+    def moved(self, offset: int) -> Runs:
+        """The runs with ``offset`` added to the first halves of their keys."""
+        return Runs(self.firsts + signed(offset % 2**64), self.starts, self.counts)
 
-        Returns:
-            Int64 tensor, shape (pairs,) or (rows, pairs).
-        """
-        if isinstance(first, Tensor):
-            return torch.add(first * signed(_WEYL) + signed(offset), self._ramp[:pairs], out=out)
-        return torch.add(self._ramp[:pairs], signed(first * _WEYL + offset), out=out)
-
-    def draw(self, pairs: int, second: int) -> Tensor:
-        """Make the first counters into numbers, divided by √2, which the scale of the noise can take in.
+    def add_at(self, pointers: Tensor, second: int, std: float) -> None:
+        """Add the numbers to floats in memory; for this there must be a kernel.
 
         Args:
-            pairs: how many.
+            pointers: where the float32 of each run begin in the CPU's memory, int64, shape (runs,); 0 leaves one out.
             second: second half of the key.
+            std: σ, >= 0.
+        """
+        library = kernel()
+        assert library is not None
+        arrays = [t.contiguous() for t in (pointers, self.firsts, self.starts, self.counts)]  # alive while it works
+        threads = _threads(int(self.counts.sum()))
+        library.add_gaussian(len(pointers), *(t.data_ptr() for t in arrays), signed(second), std, threads)
+
+    def draw(self, second: int, std: float, device: torch.device | str = "cpu") -> Tensor:
+        """The numbers of all runs, one after the other.
+
+        Args:
+            second: second half of the key.
+            std: σ, >= 0.
+            device: where to draw them.
 
         Returns:
-            Float32 tensor, shape (2 * pairs,). The next call overwrites it.
+            Float32 tensor, shape (sum of the counts,).
         """
-        bits = _mix_(self.counters[:pairs], self._other[:pairs], signed(second))
-        numbers = self._numbers[: 2 * pairs]
-        return torch.erfinv(numbers.copy_(bits.view(torch.int32)).mul_(_TO_UNIT), out=numbers)
+        total = int(self.counts.sum())
+        if torch.device(device).type == "cpu" and kernel() is not None:
+            out = torch.zeros(total, dtype=torch.float32, device="cpu")
+            self.add_at(out.data_ptr() + 4 * (self.counts.cumsum(0) - self.counts), second, std)
+            return out
+        skips = self.starts % 2
+        pairs = (skips + self.counts + 1) // 2
+        ends = pairs.cumsum(0)
+        size = int(ends[-1]) if len(ends) else 0
+        # The counter of a run's pair i is first + (start // 2 + i) W.
+        bases = self.firsts + (self.starts // 2 - ends + pairs) * signed(_WEYL)
+        bases = bases.to(device)
+        if len(bases) > 1:
+            bases = bases.repeat_interleave(pairs.to(device), output_size=size)
+        counters = torch.arange(size, device=device).mul_(signed(_WEYL)).add_(bases)
+        numbers = torch.stack(_pairs(counters, second, std), -1).view(-1)
+        if total == len(numbers):
+            return numbers
+        begins = 2 * (ends - pairs) + skips
+        kept = (begins - self.counts.cumsum(0) + self.counts).to(device)
+        return numbers[
+            kept.repeat_interleave(self.counts.to(device), output_size=total) + torch.arange(total, device=device)
+        ]
 
-    def numbers(self, count: int, skip: int = 0) -> Tensor:
-        """The memory of what :meth:`draw` returns: ``count`` numbers from the one with index ``skip`` on."""
-        return self._numbers[skip : skip + count]
+
+def _threads(count: int) -> int:
+    """How many threads are worth their start, of up to 0.1 ms, for so many numbers."""
+    return min(torch.get_num_threads(), max(1, count >> 18))
+
+
+@cache
+def kernel() -> ctypes.CDLL | None:
+    """The compiled ``gaussian.c``; None where it can't be compiled, or gives other bits than torch's operations."""
+    library = compiled(Path(__file__).with_name("gaussian.c"))
+    if library is None:
+        return None
+    function = library.add_gaussian
+    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
+    function.restype = None
+    numbers, run = torch.zeros(4099, device="cpu"), torch.tensor([0, 7, 11, 4099], device="cpu")
+    run[0] = numbers.data_ptr()
+    function(1, *(each.data_ptr() for each in run), 13, 0.3, 2)
+    if not torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
+        _log.info("gaussian.c, compiled, gives other numbers than torch's operations, and is not used.")
+        return None
+    return library
 
 
 def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
@@ -177,12 +265,28 @@ def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "c
     return gaussian_at(key, torch.arange(start, max(start, stop), device=device))
 
 
-def sampler() -> Sampler:
-    """The CPU's sampler of this thread, to be used at once."""
-    if "sampler" not in _local.__dict__:
-        _local.sampler = Sampler(torch.device("cpu"))
-    found: Sampler = _local.sampler
-    return found
+def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
+    """Write the numbers of a key from address ``start`` on, times σ.
+
+    Args:
+        out: float32 tensor on the CPU, contiguous, shape (count,).
+        key: from :func:`stream_key`.
+        start: first address, >= 0.
+        std: σ, >= 0.
+
+    Returns:
+        ``out``.
+    """
+    first, second, library = signed(key[0]), signed(key[1]), kernel()
+    if library is not None:
+        run = (ctypes.c_int64 * 4)(out.zero_().data_ptr(), first, start, len(out))
+        arrays = (ctypes.addressof(run) + 8 * i for i in range(4))
+        library.add_gaussian(1, *arrays, second, std, _threads(len(out)))
+        return out
+    for begin in range(0, len(out), _AT_ONCE):
+        part = out[begin : begin + _AT_ONCE]
+        part.copy_(Runs([first], [start + begin], [len(part)]).draw(second, std))
+    return out
 
 
 @torch.no_grad()
@@ -198,7 +302,7 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
         Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
     """
     if torch.compiler.is_compiling():
-        as_operator = x.device.type == "cpu"  # where the hash, compiled, takes ten times as long as the sampler
+        as_operator = x.device.type == "cpu"  # where the hash, compiled by inductor, takes ten times as long
     else:
         as_operator = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
     if as_operator:
@@ -209,16 +313,9 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
 
 def _drawn(x: Tensor, first: Tensor, second: int) -> Tensor:
     if x.device.type != "cpu":
-        return erfinv_at((first, second), torch.arange(x.numel(), device=x.device).view(x.shape)) * sqrt(2)
-    numbers = torch.empty(x.shape, dtype=torch.float32)
-    flat = numbers.view(-1)
-    offset, start, draws = int(first), 0, sampler()
-    while start < flat.numel():
-        count = min(2 * draws.pairs, flat.numel() - start)
-        pairs = (count + 1) // 2
-        draws.counters_of(start // 2, pairs, offset, out=draws.counters[:pairs])
-        torch.mul(draws.draw(pairs, second)[:count], sqrt(2), out=flat[start : start + count])
-        start += count
+        return _at(first, second, torch.arange(x.numel(), device=x.device).view(x.shape), 1.0)
+    numbers = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    draw_(numbers.view(-1), (int(first), second))
     return numbers
 
 
@@ -268,5 +365,5 @@ def add_gaussian_(tensor: Tensor, std: float, key: Key, *, start: int = 0) -> Te
         add_gaussian_(torch.view_as_real(tensor), std * 0.5**0.5, key, start=start)
     elif std != 0:
         address = torch.arange(start, start + tensor.numel(), device=tensor.device).view(tensor.shape)
-        tensor.add_(erfinv_at(key, address), alpha=std * sqrt(2))
+        tensor.add_(gaussian_at(key, address, std))
     return tensor

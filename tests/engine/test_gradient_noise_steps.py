@@ -157,10 +157,10 @@ def test_noise_reaches_every_kind_of_optimizer(make):
 
 
 def test_noise_on_gradients_equals_noise_on_weights_with_plain_sgd_and_not_with_momentum():
-    # Neelakantan et al., Section 1.
+    # Neelakantan et al., Section 1. (The learning rate is a power of 2, which scales float32 exactly.)
     def run(momentum, noise_on):
         w = nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64))
-        optimizer = torch.optim.SGD([w], lr=0.1, momentum=momentum)
+        optimizer = torch.optim.SGD([w], lr=0.125, momentum=momentum)
         if noise_on == "gradients":
             add_gradient_noise(optimizer, Constant(1.0))
         for t in range(5):
@@ -169,7 +169,7 @@ def test_noise_on_gradients_equals_noise_on_weights_with_plain_sgd_and_not_with_
             optimizer.step()
             if noise_on == "weights":
                 with torch.no_grad():
-                    add_gaussian_(w, -0.1, substream(stream_key(0, 0, t), "#0"))
+                    add_gaussian_(w, -0.125, substream(stream_key(0, 0, t), "#0"))
         return w.detach()
 
     torch.testing.assert_close(run(0.0, "gradients"), run(0.0, "weights"), rtol=1e-12, atol=1e-12)

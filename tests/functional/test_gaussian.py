@@ -1,13 +1,13 @@
-from statistics import NormalDist
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_noisy.functional.gaussian import (
-    Sampler,
+    Runs,
     add_gaussian_,
-    erfinv_at,
+    draw_,
     gaussian,
     gaussian_at,
     stream_key,
@@ -57,10 +57,36 @@ def test_gaussian_is_uncorrelated_between_neighbours_chunks_and_keys():
         assert abs(r) < 4 / len(a) ** 0.5
 
 
-def test_gaussian_is_the_inverse_normal_distribution_function_of_hashed_addresses():
-    u = words(KEY, 2001).astype(np.float32).astype(np.float64) * (1 - 2.0**-24) / 2.0**31
-    expected = [NormalDist().inv_cdf((1 + x) / 2) for x in u]
-    np.testing.assert_allclose(gaussian(KEY, 0, 2001).numpy(), expected, rtol=2e-6, atol=1e-6)
+def test_gaussian_is_box_muller_of_hashed_addresses():
+    low, high = words(KEY, 200_000).reshape(-1, 2).T
+    u = ((low.view(np.uint32) >> 1).astype(np.float32) * 2.0**-31 + 2.0**-32).astype(np.float32).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log(u)), np.pi * high / 2.0**31
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
+    off = np.abs(gaussian(KEY, 0, 200_000).numpy() - expected) / radius.repeat(2)
+    assert off.max() < 1e-6  # the roundings of t, of the half angle, and of the numbers, in float32
+
+
+def test_gaussian_has_the_distribution_function_of_the_normal_one():
+    z = np.sort(gaussian(KEY, 0, 1_000_000).numpy().astype(np.float64))
+    expected = torch.special.ndtr(torch.from_numpy(z)).numpy()
+    steps = np.arange(len(z) + 1) / len(z)
+    distance = max(np.abs(expected - steps[1:]).max(), np.abs(expected - steps[:-1]).max())
+    assert distance * len(z) ** 0.5 < 1.63  # Kolmogorov and Smirnov's bound at 1 %
+    for bound in (3.0, 4.0):  # the tails, which that hardly sees
+        beyond = 2 * len(z) * torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64)).item()
+        assert abs((np.abs(z) > bound).sum() - beyond) < 4 * beyond**0.5
+
+
+def test_gaussian_is_continuous_where_the_word_is_extreme():
+    # The logarithm and the circle by themselves, at the ends and in the middle of their ranges.
+    from lightning_noisy.functional.gaussian import _on_circle, _radius
+
+    u = torch.tensor([2.0**-32, 2.0**-31, 0.5 - 2.0**-25, 0.5, 0.70710677, 0.7071068, 1 - 2.0**-24, 1.0])
+    expected = [math.sqrt(-2 * math.log(x)) for x in u.tolist()]
+    np.testing.assert_allclose(_radius(u).tolist(), expected, rtol=3e-7)
+    t = torch.tensor([-1.0, -0.75, -0.5, -(2.0**-31), 0.0, 0.25, 0.5, 1.0])
+    for found, function in zip(_on_circle(t), (math.cos, math.sin), strict=True):
+        np.testing.assert_allclose(found.tolist(), [function(math.pi * x) for x in t.tolist()], atol=3e-7)
 
 
 def test_gaussian_words_have_even_bits_that_flip_with_key_and_address():
@@ -107,33 +133,25 @@ def test_gaussian_at_takes_any_addresses():
     assert torch.equal(gaussian_at(KEY, address), whole[address])
 
 
-@pytest.mark.parametrize(("first", "pairs"), [(0, 1), (0, 1000), (123, 40_000), (2**40, 500)])
-def test_sampler_draws_what_the_reference_gives(first, pairs):
-    sampler = Sampler(torch.device("cpu"))
-    key = substream(KEY, "weight")
-    sampler.counters_of(first, pairs, key[0], out=sampler.counters[:pairs])
-    expected = erfinv_at(key, torch.arange(2 * first, 2 * (first + pairs)))
-    assert torch.equal(sampler.draw(pairs, key[1]), expected)
-    assert torch.equal(sampler.numbers(1, 2 * pairs - 1), expected[-1:])
+@pytest.mark.parametrize("start", [0, 1, 246, 2**40 + 1])
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300_001])
+def test_draw_writes_what_the_reference_gives(start, count, any_kernel):
+    out = torch.full((count,), math.nan)
+    expected = gaussian_at(KEY, torch.arange(start, start + count), 0.3)
+    assert torch.equal(draw_(out, KEY, start=start, std=0.3), expected)
 
 
-def test_sampler_draws_rows():
-    sampler = Sampler(torch.device("cpu"))
-    first = torch.tensor([[5], [0], [77]])
-    sampler.counters_of(first, 4, KEY[0], out=sampler.counters[:12].view(3, 4))
-    expected = [gaussian(KEY, 2 * i, 2 * i + 8) for i in first.flatten().tolist()]
-    assert torch.allclose(sampler.draw(12, KEY[1]) * 2**0.5, torch.cat(expected), rtol=1e-6)
-
-
-def test_erfinv_does_not_depend_on_position_or_length():
-    # What bit-equal shards rest on: torch's vectorized erf⁻¹ treats the rest of a vector like the whole.
-    u = torch.rand(100_003, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole = torch.erfinv(u)
-    for start in (0, 1, 3, 7, 15, 16, 65_536):
-        for size in (1, 2, 7, 9, 17, 100, 4097, 33_000):
-            part = u[start : start + size]
-            assert torch.equal(torch.erfinv(part), whole[start : start + size])
-            assert torch.equal(torch.erfinv(part.clone()), whole[start : start + size])
+@pytest.mark.parametrize("counts", [[], [0], [5], [6, 2], [3, 0, 1, 70_000, 15]])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_runs_are_drawn_one_after_the_other(counts, odd, any_kernel):
+    keys = [substream(KEY, str(i)) for i in range(len(counts))]
+    starts = [10 * i + odd * i for i in range(len(counts))]
+    drawn = Runs([first - 2**63 for first, _ in keys], starts, counts).moved(2**63).draw(KEY[1], 2.0)
+    parts = [
+        gaussian_at(key, torch.arange(start, start + count), 2.0)
+        for key, start, count in zip(keys, starts, counts, strict=True)
+    ]
+    assert torch.equal(drawn, torch.cat([torch.zeros(0), *parts]))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 15), (300, 400)])
@@ -151,14 +169,14 @@ def test_gaussian_ignores_strides(shape):
 def test_gaussian_adds_to_what_is_there_scaled_by_std():
     start = torch.linspace(-1, 1, 1001, dtype=torch.float64)
     noisy = add_gaussian_(start.clone(), 0.5, KEY)
-    deviates = erfinv_at(KEY, torch.arange(1001)).double()
-    torch.testing.assert_close(noisy, start + 0.5 * 2**0.5 * deviates, rtol=1e-15, atol=1e-15)
+    deviates = gaussian_at(KEY, torch.arange(1001)).double()
+    torch.testing.assert_close(noisy, start + 0.5 * deviates, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gaussian_rounds_half_precision_once(dtype):
     start = torch.linspace(-1, 1, 1001).to(dtype)
-    expected = torch.add(start.float(), erfinv_at(KEY, torch.arange(1001)), alpha=0.25 * 2**0.5).to(dtype)
+    expected = (start.float() + 0.25 * gaussian_at(KEY, torch.arange(1001))).to(dtype)
     noisy = add_gaussian_(start.clone(), 0.25, KEY)
     assert noisy.dtype == dtype
     assert torch.equal(noisy, expected)
@@ -185,13 +203,13 @@ def test_gaussian_with_zero_std_touches_nothing():
     assert add_gaussian_(tensor, 0.0, KEY).signbit().tolist() == [True, False]
 
 
-def test_gaussian_is_independent_of_the_number_of_threads():
+def test_gaussian_is_independent_of_the_number_of_threads(any_kernel):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = noise(3 * CHUNK)
-        torch.set_num_threads(2)
-        assert torch.equal(noise(3 * CHUNK), one)
+        one = draw_(torch.empty(2**20 + 1), KEY, start=1)
+        torch.set_num_threads(3)
+        assert torch.equal(draw_(torch.empty(2**20 + 1), KEY, start=1), one)
     finally:
         torch.set_num_threads(threads)
 
