@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -49,7 +48,8 @@ class GradientNoise(pl.Callback):
     ``grad_norm/after_clipping``  what clipping leaves of it
     ============================= ======================================================================
 
-    The norms are computed at logging steps alone, with one host sync for all.
+    The norms are computed at logging steps alone, with one host sync for all; not where only shards of the gradient
+    are seen, under DeepSpeed's ZeRO.
 
     Args:
         eta: variance at the first step, >= 0.
@@ -69,8 +69,7 @@ class GradientNoise(pl.Callback):
     Raises:
         TypeError: if an argument is not of its type.
         ValueError: if ``eta`` or ``gamma`` is negative or not finite.
-        MisconfigurationException: at the start of a fit, under DeepSpeed, or if the schedule's horizon is open and the
-            training endless.
+        MisconfigurationException: at the start of a fit, if the schedule's horizon is open and the training endless.
 
     >>> trainer = pl.Trainer(callbacks=[GradientNoise(eta=0.01)], logger=False, enable_checkpointing=False)
     """
@@ -127,11 +126,6 @@ class GradientNoise(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                "GradientNoise doesn't run under DeepSpeed, whose engine clips and steps out of sight. Use"
-                " ModelParallelStrategy (FSDP2) or DDP."
-            )
         self._final = []
         seed = self.seed
         if seed is None:

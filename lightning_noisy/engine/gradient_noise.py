@@ -18,15 +18,18 @@ from torch.optim import Optimizer
 
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
+from lightning_noisy.engine.zero import Fragment, base_optimizer, fragments, whole
 from lightning_noisy.schedules import HorizonSchedule, Schedule
 
 __all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
 
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 
+_SHARDS = "relative=True needs the norm of the whole gradient, and DeepSpeed and FSDP show a shard of it."
+
 
 def add_gradient_noise(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Any,
     schedule: Schedule,
     *,
     seed: int = 0,
@@ -48,7 +51,8 @@ def add_gradient_noise(
 
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
-            or sparse with one sparse dimension: then the rows that are present get noise.
+            or sparse with one sparse dimension: then the rows that are present get noise. Or one of DeepSpeed's ZeRO
+            optimizers (``engine.optimizer``), of any stage; it needs ``model=engine.module``.
         schedule: maps t (int) to the standard deviation σ (float, >= 0). One that follows the learning rate
             (:class:`~lightning_noisy.schedules.FollowLR`, ``Langevin``) gets that of each parameter group.
         seed: seed of the noise.
@@ -67,8 +71,9 @@ def add_gradient_noise(
 
     Raises:
         TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
-        ValueError: if the optimizer has noise of the same seed and stream already; at a step, if ``schedule`` or a
-            ``"noise_scale"`` gives something that is no finite number >= 0.
+        ValueError: if the optimizer has noise of the same seed and stream already; if ``relative`` is asked for where
+            only shards of the gradient are seen (DeepSpeed's ZeRO; at a step, torch's first FSDP); at a step, if
+            ``schedule`` or a ``"noise_scale"`` gives something that is no finite number >= 0.
 
     >>> weight = nn.Parameter(torch.zeros(100_000))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -100,7 +105,7 @@ class GradientNoiseHandle:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Any,
         schedule: Schedule,
         *,
         seed: int,
@@ -109,12 +114,19 @@ class GradientNoiseHandle:
         params: ParameterFilter | None,
         relative: bool,
     ) -> None:
+        inner = base_optimizer(optimizer)
+        self._zero = None if inner is None else optimizer
+        optimizer = optimizer if inner is None else inner
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
         if not callable(schedule):
             raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
+        if self._zero is not None and relative:
+            raise ValueError(_SHARDS)
+        if self._zero is not None and model is None:
+            raise ValueError("DeepSpeed's flat vectors have no names of parameters: pass model=engine.module.")
         self.seed = operator.index(seed)
         self.stream = stream if isinstance(stream, str) else operator.index(stream)
         for other in _handles(optimizer):
@@ -132,10 +144,11 @@ class GradientNoiseHandle:
         self._model = model
         self._params = params
         self._relative = relative
-        self._plan: NoisePlan | None = None
-        self._sees_all = True  # whether gradients are whole, or know their whole
-        self._known: list[nn.Parameter] = []
-        self._identities: list[list[int]] = []
+        # By the parameters that the optimizer has, and with them, so that no id is used again.
+        self._plans: dict[tuple[tuple[int, ...], ...], tuple[NoisePlan, list[nn.Parameter]]] = {}
+        self._sees_all = self._zero is None  # whether gradients are whole, or know their whole
+        self._vectors = 0  # how many flat ones DeepSpeed has, and which have had their turn in this step
+        self._done: set[int] = set()
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
         self._added = False
@@ -175,6 +188,8 @@ class GradientNoiseHandle:
         if self._frame is not None and _is_running(self._frame, caller):
             return None
         self._frame, self._added = caller, False
+        if self._zero is not None and not self._done.isdisjoint(_vectors(optimizer)):
+            self._end_step()  # one that ended early
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._add_noise(optimizer)
@@ -191,9 +206,20 @@ class GradientNoiseHandle:
         return (args[0], noisy_closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is sys._getframe(1):
+        if self._frame is not sys._getframe(1):
+            return
+        self._frame = None
+        if self._zero is None:
             self.step += self._added
-            self._frame = None
+            return
+        # DeepSpeed calls the optimizer for one flat vector after the other: all calls together are one step.
+        self._done.update(_vectors(optimizer))
+        if len(self._done) >= self._vectors:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        self.step += 1
+        self._done.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it as it is
     @torch.no_grad()
@@ -228,7 +254,7 @@ class GradientNoiseHandle:
         """Measure the norm of the gradients, which are multiplied by ``scale``, if it is asked for."""
         gradients = self.gradients(optimizer) if self.measuring or self._relative else []
         if self._relative and not self._sees_all:
-            raise ValueError("relative=True needs the norm of the whole gradient, and FSDP shows a shard of it.")
+            raise ValueError(_SHARDS)
         if gradients:
             self.grad_norm = total_norm(gradients) / scale
         elif self._relative:
@@ -255,18 +281,23 @@ class GradientNoiseHandle:
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         """The gradients that are there now and get noise at the optimizer's step; none if they are flat shards."""
+        if self._zero is not None:
+            return []
         plan = self._current_plan(optimizer)
         return plan.gradients([_noise_scale(group) for group in optimizer.param_groups]) if self._sees_all else []
 
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
-        groups = optimizer.param_groups
-        identities = [list(map(id, group["params"])) for group in groups]
-        if self._plan is None or identities != self._identities:
-            self._plan = self._make_plan(optimizer)
-            self._known = [p for group in groups for p in group["params"]]  # alive, so that no id is used again
-            self._identities = [] if any(map(is_lazy, self._known)) else identities
-        return self._plan
+        key = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
+        if key not in self._plans:
+            if self._zero is None:
+                self._plans.clear()
+            known = [p for group in optimizer.param_groups for p in group["params"]]
+            plan = self._make_plan(optimizer)
+            if any(map(is_lazy, known)):
+                return plan  # it is made anew once they have elements
+            self._plans[key] = plan, known
+        return self._plans[key][0]
 
     def _make_plan(self, optimizer: Optimizer) -> NoisePlan:
         model = _unwrapped(self._model)
@@ -276,6 +307,8 @@ class GradientNoiseHandle:
             stripped = _strip_wrappers(name)
             names[parameter] = stripped if stripped not in taken else f"{stripped}#{len(names)}"
             taken.add(names[parameter])
+        if self._zero is not None:
+            return self._make_flat_plan(optimizer, names)
         chosen, groups = {}, []
         seen: set[nn.Parameter] = set()
         for index, group in enumerate(optimizer.param_groups):
@@ -288,7 +321,7 @@ class GradientNoiseHandle:
                     names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # of another module
                     taken.add(names[parameter])
                 seen.add(parameter)
-                # Lazy ones have no elements yet; the plan is made anew once they do.
+                # Lazy ones have no elements yet.
                 if not is_lazy(parameter) and (self._params is None or self._params(names[parameter], parameter)):
                     chosen[names[parameter]] = parameter
                     groups.append(index)
@@ -297,6 +330,27 @@ class GradientNoiseHandle:
         shards = {} if model is None else flat_shards(model)
         self._sees_all = not shards
         return NoisePlan(chosen, groups, shards)
+
+    def _make_flat_plan(self, optimizer: Optimizer, names: dict[nn.Parameter, str]) -> NoisePlan:
+        """The plan for the flat vectors that DeepSpeed has given to the optimizer for the present call."""
+        vectors = fragments(self._zero)
+        self._vectors = len(vectors)
+        chosen: dict[str, Fragment] = {}
+        groups = []
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter, fragment in (item for vector in group["params"] for item in vectors[vector]):
+                if parameter not in names:
+                    raise ValueError("model has not all of the parameters that DeepSpeed trains: pass engine.module.")
+                name = names[parameter]
+                if self._params is None or self._params(name, whole(parameter)):
+                    chosen[name] = fragment
+                    groups.append(index)
+        return NoisePlan(chosen, groups, {fragment: fragment.start for fragment in chosen.values()})
+
+
+def _vectors(optimizer: Optimizer) -> list[int]:
+    """The identities of what an optimizer has."""
+    return [id(vector) for group in optimizer.param_groups for vector in group["params"]]
 
 
 def _noise_scale(group: dict[str, Any]) -> float:
@@ -316,12 +370,13 @@ def _handles(optimizer: Optimizer) -> list[GradientNoiseHandle]:
 def _unwrapped(model: nn.Module | None) -> nn.Module | None:
     """A model without wrappers around it, of torch.compile and for data parallelism."""
     while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
+        is_parallel = isinstance(model, (DataParallel, DistributedDataParallel))
+        inner = getattr(
+            model, "module" if is_parallel or type(model).__name__ == "DeepSpeedEngine" else "_orig_mod", None
+        )
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import operator
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_noisy.engine.zero import Fragment
 from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
 __all__ = ["NoisePlan", "total_norm"]
+
+Parameter = nn.Parameter | Fragment
 
 _MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart,
 _MOST_IN_PLACE = 1 << 20  # and of one that has rows of its own, and gets the numbers where it is
@@ -31,7 +35,7 @@ _MOST_IN_PLACE = 1 << 20  # and of one that has rows of its own, and gets the nu
 class _Place:
     """A parameter, the index of its group, what its name adds to a key, and the address of its first element."""
 
-    parameter: torch.nn.Parameter
+    parameter: Parameter
     group: int
     offset: int
     start: int
@@ -48,9 +52,9 @@ class NoisePlan:
 
     def __init__(
         self,
-        parameters: dict[str, torch.nn.Parameter],
+        parameters: Mapping[str, Parameter],
         groups: list[int] | None = None,
-        shards: dict[torch.nn.Parameter, int] | None = None,
+        shards: Mapping[Any, int] | None = None,
     ) -> None:
         places = [
             _Place(p, group, signed(substream((0, 0), name)[0]), (shards or {}).get(p, 0))
@@ -202,7 +206,7 @@ def _most_at_once(device: torch.device) -> int:
     return 1 << (17 if device.type == "cpu" else 20)
 
 
-def _checked_gradient(parameter: torch.nn.Parameter) -> Tensor:
+def _checked_gradient(parameter: Parameter) -> Tensor:
     """The gradient, if it is of a kind that noise can be added to; sparse ones coalesced."""
     gradient = parameter.grad
     assert gradient is not None
@@ -215,13 +219,14 @@ def _checked_gradient(parameter: torch.nn.Parameter) -> Tensor:
     elif gradient.layout == torch.sparse_coo:
         if gradient.sparse_dim() != 1:
             raise TypeError(f"Noise on a sparse gradient needs one sparse dimension, got {gradient.sparse_dim()}.")
-        parameter.grad = gradient = gradient.coalesce()
+        gradient = gradient.coalesce()
+        parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
     return gradient
 
 
-def _blocks(parameter: torch.nn.Parameter, start: int) -> Iterator[tuple[Tensor, list[int] | Tensor]]:
+def _blocks(parameter: Parameter, start: int) -> Iterator[tuple[Tensor, list[int] | Tensor]]:
     """The parts of a parameter's gradient, as plain dense real tensors, and the addresses where their rows start.
 
     Within a row, which may be the whole tensor, addresses are consecutive in row-major order.

@@ -1,0 +1,166 @@
+"""DeepSpeed under Lightning's strategy (gloo, two CPU processes): the noise of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import loader, quiet_trainer, run_processes
+from torch import nn
+
+from lightning_noisy import add_gradient_noise
+from lightning_noisy.engine.zero import Fragment, base_optimizer
+
+HERE = Path(__file__).parent
+CASES = [
+    ["stage0", "stage0-bf16"],
+    ["stage1", "stage1-bf16"],
+    ["stage2", "stage2-accumulated", "stage2-offloaded", "stage2-fp16", "stage2-resumed"],
+    ["stage3", "stage3-accumulated", "stage3-subgroups", "stage3-resumed"],
+]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The script as a module, for the same model and data in this one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        import deepspeed_runs
+    return deepspeed_runs
+
+
+@pytest.fixture(scope="module")
+def expected(runs):
+    model = runs.Flat()
+    quiet_trainer(callbacks=[runs.noise()], max_steps=3).fit(model, loader(runs.DATA))
+    return model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases[0])
+def test_deepspeed_adds_the_noise_of_one_process_once_a_step(tmp_path, expected, cases):
+    run_processes(HERE / "deepspeed_runs.py", 2, str(tmp_path), *cases)
+    for case in cases:
+        result = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        assert result["steps"] == [3], case
+        assert result["state"].keys() == expected.keys()
+        for name, value in expected.items():
+            assert value.count_nonzero() == (0 if name.endswith("bias") else value.numel()), name
+            found = result["state"][name]
+            assert torch.equal(found, value.to(found.dtype)), (case, name)
+
+
+class Mapping:
+    """What DeepSpeed notes of a parameter: here that all of it begins at an offset of the vector."""
+
+    def __init__(self, offset, count):
+        self.hp_fragment_address = Address(offset, count)
+        self.lp_fragment_address = Address(0, count)
+
+
+class Address:
+    def __init__(self, start, numel):
+        self.start, self.numel = start, numel
+
+
+class Zero:
+    """The outside of ZeRO 1 on one rank: two groups, of which the optimizer sees one after the other."""
+
+    __module__ = "deepspeed.stand_in"
+
+    def __init__(self, model):
+        self.bit16_groups = [[model[0].weight, model[0].bias], [model[1].weight, model[1].bias]]
+        self.single_partition_of_fp32_groups = []
+        for group in self.bit16_groups:
+            offset = 0
+            for parameter in group:
+                parameter._hp_mapping = Mapping(offset, parameter.numel())
+                offset += parameter.numel()
+            self.single_partition_of_fp32_groups.append(torch.zeros(offset + 3, requires_grad=True))  # and padding
+        self.optimizer = torch.optim.SGD([{"params": [flat]} for flat in self.single_partition_of_fp32_groups], lr=1.0)
+
+    def step(self, groups=(0, 1)):
+        every = self.optimizer.param_groups
+        for i in groups:
+            self.optimizer.param_groups = [every[i]]
+            flat = self.single_partition_of_fp32_groups[i]
+            flat.grad = torch.zeros_like(flat)
+            self.optimizer.step()
+            self.optimizer.param_groups = every
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+
+
+def test_calls_for_all_vectors_are_one_step():
+    zero = Zero(model := small_model())
+    handle = add_gradient_noise(zero, lambda t: 10.0**t, seed=3, model=model)
+    other = small_model()
+    optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
+    add_gradient_noise(optimizer, lambda t: 10.0**t, seed=3, model=other)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    for steps in (1, 2):
+        zero.step()
+        assert handle.step == steps
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    for flat, layer in zip(zero.single_partition_of_fp32_groups, other, strict=True):
+        expected = torch.cat([layer.weight.flatten(), layer.bias, torch.zeros(3)])
+        assert torch.equal(flat, expected)
+    zero.step(groups=[0])
+    assert handle.step == 2  # the step is still under way
+
+
+def test_a_step_that_ended_early_is_not_added_to_the_next():
+    zero = Zero(model := small_model())
+    handle = add_gradient_noise(zero, lambda t: 1.0, model=model)
+    zero.step(groups=[0])
+    zero.step()
+    assert handle.step == 2
+    zero.step()
+    assert handle.step == 3
+
+
+def test_add_gradient_noise_takes_the_engine_for_the_model():
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    flats = []
+    for wrap in (lambda module: module, DeepSpeedEngine):
+        zero = Zero(model := small_model())
+        add_gradient_noise(zero, lambda t: 1.0, model=wrap(model))
+        zero.step()
+        flats.append(zero.single_partition_of_fp32_groups)
+    assert all(torch.equal(a, b) for a, b in zip(*flats, strict=True))
+
+
+def test_fragment_is_a_view_of_the_vectors_gradient():
+    flat = torch.zeros(10, requires_grad=True)
+    fragment = Fragment(flat, 3, 4, 0)
+    assert fragment.grad is None
+    flat.grad = torch.arange(10.0)
+    assert fragment.grad.tolist() == [3, 4, 5, 6]
+    assert fragment.grad.data_ptr() == flat.grad.data_ptr() + 12
+
+
+def test_what_noise_does_not_reach_under_deepspeed_is_refused():
+    zero = Zero(model := small_model())
+    with pytest.raises(ValueError, match="relative=True needs the norm of the whole gradient"):
+        add_gradient_noise(zero, lambda t: 1.0, model=model, relative=True)
+    with pytest.raises(ValueError, match="pass model=engine.module"):
+        add_gradient_noise(zero, lambda t: 1.0)
+    add_gradient_noise(zero, lambda t: 1.0, model=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model has not all of the parameters"):
+        zero.step()
+    zero.zenflow = True
+    with pytest.raises(TypeError, match="without ZenFlow"):
+        add_gradient_noise(zero, lambda t: 1.0, model=model)
+    del zero.single_partition_of_fp32_groups
+    with pytest.raises(TypeError, match="can't find the parameters in DeepSpeed's Zero"):
+        add_gradient_noise(zero, lambda t: 1.0, model=model)
+    assert base_optimizer(torch.optim.SGD(model.parameters(), lr=1.0)) is None
+    assert base_optimizer(object()) is None
