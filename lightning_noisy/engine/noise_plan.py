@@ -97,15 +97,15 @@ class NoisePlan:
         """
         first, second = stream_key(*stream, step)
         gradients = [parameter.grad for parameter in self._parameters]
+        in_place = kernel() is not None
         pointers = [
-            _pointer(g) if g is not None and g.numel() == size else 0
+            _pointer(g) if in_place and g is not None and g.numel() == size else 0
             for g, size in zip(gradients, self._sizes, strict=True)
         ]
-        others = [
-            place
-            for place, gradient, pointer in zip(self._places, gradients, pointers, strict=True)
-            if not pointer and gradient is not None
-        ]
+        others = []
+        if 0 in pointers:
+            elsewhere = zip(self._places, gradients, pointers, strict=True)
+            others = [place for place, g, pointer in elsewhere if g is not None and not pointer]
         alike: dict[tuple[torch.device, float], list[_Place]] = {}
         for place in others:
             gradient = _checked_gradient(place.parameter)
@@ -151,7 +151,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 def _pointer(tensor: Tensor) -> int:
     """Where a tensor lies in memory, if that is what the kernel takes: float32, on the CPU, contiguous. Else 0."""
     plain = type(tensor) is Tensor and isinstance(tensor, torch.FloatTensor)  # dense ones, on the CPU
-    if plain and kernel() is not None and tensor.is_contiguous() and not tensor.is_neg():
+    if plain and tensor.is_contiguous() and not tensor.is_neg():
         return tensor.data_ptr()
     return 0
 
@@ -163,6 +163,7 @@ class _Batch:
         self._device = device
         self._std = std
         self._second = second
+        self._in_place = kernel() is not None
         self._most = _most_at_once(device)
         self._used = 0
         self._tensors: list[Tensor] = []
@@ -171,7 +172,7 @@ class _Batch:
     def add(self, tensor: Tensor, starts: list[int] | Tensor, first: int) -> None:
         """Take in a block: a tensor, and the addresses at which its rows, of equal length, start."""
         first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
-        if pointer := _pointer(tensor):
+        if self._in_place and (pointer := _pointer(tensor)):
             firsts, widths = (torch.full((rows,), number, device="cpu") for number in (first, width))
             pointers = pointer + 4 * width * torch.arange(rows, device="cpu")
             Runs(firsts, starts, widths).add_at(pointers, self._second, self._std)
@@ -286,7 +287,7 @@ def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[tup
 
 
 def _most(tensor: Tensor) -> int:
-    return _MOST_IN_PLACE if _pointer(tensor) else _MOST_AT_ONCE
+    return _MOST_IN_PLACE if kernel() is not None and _pointer(tensor) else _MOST_AT_ONCE
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
