@@ -16,9 +16,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments, parameters, whole_shape
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
-from lightning_noisy.engine.zero import Fragment, base_optimizer, fragments, whole
 from lightning_noisy.schedules import HorizonSchedule, Schedule
 
 __all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
@@ -51,8 +51,9 @@ def add_gradient_noise(
 
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
-            or sparse with one sparse dimension: then the rows that are present get noise. Or one of DeepSpeed's ZeRO
-            optimizers (``engine.optimizer``), of any stage; it needs ``model=engine.module``.
+            or sparse with one sparse dimension: then the rows that are present get noise. Or one of DeepSpeed's
+            optimizers (``engine.optimizer``), with ZeRO of any stage or without; it needs ``model=engine.module``. To
+            DeepSpeed a parameter without a gradient has one of zeros, and it gets noise.
         schedule: maps t (int) to the standard deviation σ (float, >= 0). One that follows the learning rate
             (:class:`~lightning_noisy.schedules.FollowLR`, ``Langevin``) gets that of each parameter group.
         seed: seed of the noise.
@@ -147,7 +148,10 @@ class GradientNoiseHandle:
         # By the parameters that the optimizer has, and with them, so that no id is used again.
         self._plans: dict[tuple[tuple[int, ...], ...], tuple[NoisePlan, list[nn.Parameter]]] = {}
         self._sees_all = self._zero is None  # whether gradients are whole, or know their whole
-        self._vectors = 0  # how many flat ones DeepSpeed has, and which have had their turn in this step
+        # DeepSpeed's: the names of the parameters that get noise, how many flat vectors there are, and which of them
+        # have had their turn in this step.
+        self._names: dict[nn.Parameter, str] | None = None
+        self._vectors = 0
         self._done: set[int] = set()
         # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
         self._frame: FrameType | None = None
@@ -172,6 +176,7 @@ class GradientNoiseHandle:
         stream = state["stream"]
         self.stream = stream if isinstance(stream, str) else operator.index(stream)
         self.seed, self.step = operator.index(state["seed"]), operator.index(state["step"])
+        self._done.clear()
 
     def __enter__(self) -> GradientNoiseHandle:
         return self
@@ -218,7 +223,7 @@ class GradientNoiseHandle:
             self._end_step()
 
     def _end_step(self) -> None:
-        self.step += 1
+        self.step += bool(self._names)
         self._done.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it as it is
@@ -244,10 +249,13 @@ class GradientNoiseHandle:
             stds = [std * rms for std in stds]
         std = stds[0]
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
-        if self.measuring or self._relative:
+        if self._sees_all and (self.measuring or self._relative):
             self.noise_norm = plan.noise_norm(stds)
         added = plan.add_noise([std * scale for std in stds], (self.seed, self.stream), self.step)
-        if added or not self._sees_all:  # a rank's flat shards may be empty, and ranks are to agree on t
+        if self._zero is not None:
+            if self._names and not self._done:  # the first group's
+                self.std = std
+        elif added or not self._sees_all:  # a rank's flat shards may be empty, and ranks are to agree on t
             self._added, self.std = True, std
 
     def _measure(self, optimizer: Optimizer, scale: float) -> None:
@@ -273,7 +281,7 @@ class GradientNoiseHandle:
 
     def _checked(self, std: float) -> float:
         std = float(std)
-        if not 0 <= std < math.inf:
+        if not 0 <= std <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
             )
@@ -335,17 +343,30 @@ class GradientNoiseHandle:
         """The plan for the flat vectors that DeepSpeed has given to the optimizer for the present call."""
         vectors = fragments(self._zero)
         self._vectors = len(vectors)
+        if self._names is None:
+            self._names = self._chosen_names(names)
         chosen: dict[str, Fragment] = {}
         groups = []
         for index, group in enumerate(optimizer.param_groups):
             for parameter, fragment in (item for vector in group["params"] for item in vectors[vector]):
-                if parameter not in names:
-                    raise ValueError("model has not all of the parameters that DeepSpeed trains: pass engine.module.")
-                name = names[parameter]
-                if self._params is None or self._params(name, whole(parameter)):
-                    chosen[name] = fragment
+                if parameter in self._names:
+                    chosen[self._names[parameter]] = fragment
                     groups.append(index)
         return NoisePlan(chosen, groups, {fragment: fragment.start for fragment in chosen.values()})
+
+    def _chosen_names(self, names: dict[nn.Parameter, str]) -> dict[nn.Parameter, str]:
+        """Of all parameters that DeepSpeed trains, on whatever rank, those that get noise."""
+        chosen = {}
+        trained = parameters(self._zero)
+        for parameter in trained:
+            if parameter not in names:
+                raise ValueError("model has not all of the parameters that DeepSpeed trains: pass engine.module.")
+            with whole_shape(parameter):
+                if self._params is None or self._params(names[parameter], parameter):
+                    chosen[parameter] = names[parameter]
+        if trained and not chosen:
+            warnings.warn(f"params chooses none of the optimizer's {len(trained)} parameters.", stacklevel=2)
+        return chosen
 
 
 def _vectors(optimizer: Optimizer) -> list[int]:

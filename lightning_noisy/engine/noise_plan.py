@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_noisy.engine.zero import Fragment
+from lightning_noisy.engine.deepspeed import Fragment
 from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
 __all__ = ["NoisePlan", "total_norm"]
 
 Parameter = nn.Parameter | Fragment
 
-_MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart,
-_MOST_IN_PLACE = 1 << 20  # and of one that has rows of its own, and gets the numbers where it is
+_MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart, and rows of any block
+_MOST_IN_PLACE = 1 << 20  # elements of a block that has rows, and gets the numbers where it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +98,26 @@ class NoisePlan:
         """
         first, second = stream_key(*stream, step)
         gradients = [parameter.grad for parameter in self._parameters]
-        in_place = kernel() is not None
         pointers = [
-            _pointer(g) if in_place and g is not None and g.numel() == size else 0
+            _pointer(g) if g is not None and g.numel() == size else 0
             for g, size in zip(gradients, self._sizes, strict=True)
         ]
+        if any(pointers) and kernel() is None:
+            pointers = [0] * len(pointers)
         others = []
-        if 0 in pointers:
-            elsewhere = zip(self._places, gradients, pointers, strict=True)
-            others = [place for place, g, pointer in elsewhere if g is not None and not pointer]
+        if 0 in pointers or len(set(pointers)) < len(pointers):
+            # Some need another way: also gradients that several parameters share, at which threads would race.
+            taken = {0}
+            for i, (place, pointer) in enumerate(zip(self._places, pointers, strict=True)):
+                if pointer in taken:
+                    pointers[i] = 0
+                    others += [place] * (gradients[i] is not None)
+                taken.add(pointer)
         alike: dict[tuple[torch.device, float], list[_Place]] = {}
         for place in others:
             gradient = _checked_gradient(place.parameter)
+            if isinstance(gradient, FakeTensor):
+                continue  # without values
             std = stds[place.group] * (sqrt(0.5) if gradient.is_complex() else 1.0)
             alike.setdefault((gradient.device, std), []).append(place)
         if any(pointers):
@@ -134,8 +143,10 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.is_sparse else gradient
         if dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
-            whole = isinstance(dense, DTensor) or not dense.is_contiguous()
-            parts = [dense] if whole else dense.view(-1).split(_MOST_AT_ONCE)  # little memory
+            parts = (dense,)
+            if not isinstance(dense, DTensor):  # little memory
+                ordered = dense.permute(sorted(range(dense.dim()), key=dense.stride().__getitem__, reverse=True))
+                parts = ordered.view(-1).split(_MOST_AT_ONCE) if ordered.is_contiguous() else parts
             norms.append(torch.nn.utils.get_total_norm([torch.nn.utils.get_total_norm([p.float()]) for p in parts]))
             continue
         kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
@@ -163,7 +174,6 @@ class _Batch:
         self._device = device
         self._std = std
         self._second = second
-        self._in_place = kernel() is not None
         self._most = _most_at_once(device)
         self._used = 0
         self._tensors: list[Tensor] = []
@@ -172,20 +182,23 @@ class _Batch:
     def add(self, tensor: Tensor, starts: list[int] | Tensor, first: int) -> None:
         """Take in a block: a tensor, and the addresses at which its rows, of equal length, start."""
         first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
-        if self._in_place and (pointer := _pointer(tensor)):
+        pointer = _pointer(tensor)
+        if rows > 1 or tensor.is_neg() or (pointer and kernel() is not None):
             firsts, widths = (torch.full((rows,), number, device="cpu") for number in (first, width))
-            pointers = pointer + 4 * width * torch.arange(rows, device="cpu")
-            Runs(firsts, starts, widths).add_at(pointers, self._second, self._std)
-            torch.autograd.graph.increment_version(tensor)
+            runs = Runs(firsts, starts, widths)
+            if pointer and kernel() is not None:
+                runs.add_at(pointer + 4 * width * torch.arange(rows, device="cpu"), self._second, self._std)
+                torch.autograd.graph.increment_version(tensor)
+            else:
+                tensor.add_(runs.draw(self._second, self._std, self._device).view(tensor.shape))
         elif tensor.numel() <= self._most:
             if self._used + tensor.numel() > self._most:
                 self.flush()
             self._tensors.append(tensor)
-            listed = starts.tolist() if isinstance(starts, Tensor) else starts
-            self._runs += [(first, start, width) for start in listed]
+            self._runs.append((first, int(starts[0]), width))
             self._used += tensor.numel()
         else:
-            (start,) = starts
+            start = int(starts[0])
             for part in tensor.view(-1).split(self._most):
                 self.add(part, [start], first)
                 start += part.numel()
@@ -224,6 +237,10 @@ def _checked_gradient(parameter: Parameter) -> Tensor:
         parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
+    elif any(step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)):
+        raise TypeError(
+            f"A gradient of shape {tuple(gradient.shape)} is expanded: its elements share memory. Clone it."
+        )
     return gradient
 
 
@@ -252,7 +269,7 @@ def _blocks(parameter: Parameter, start: int) -> Iterator[tuple[Tensor, list[int
         if width > _MOST_AT_ONCE:
             yield from ((row, [start + i * width]) for i, row in zip(rows.tolist(), values, strict=True))
             return
-        height = _most(values) // width
+        height = min(_most(values) // width, _MOST_AT_ONCE)
         for part, indices in zip(values.split(height), rows.split(height), strict=True):
             yield part, start + indices * width
     elif gradient.is_complex():
@@ -272,16 +289,16 @@ def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[tup
         return
     if inner == 0 and (size <= most or tensor.is_contiguous()):
         yield tensor, [start]
-    elif size <= most:
+    elif size <= most and prod(shape[:inner]) <= _MOST_AT_ONCE:
         starts = torch.full((1,), start, device="cpu")
         for length, step in zip(shape[:inner], steps[:inner], strict=True):
             starts = (starts[:, None] + torch.arange(length, device="cpu") * step).view(-1)
         yield tensor, starts
-    elif (row := size // shape[0]) > most:
+    elif (row := size // shape[0]) > most or prod(shape[1:inner]) > _MOST_AT_ONCE:
         for i in range(shape[0]):
             yield from _windows(tensor[i], start + i * steps[0], steps[1:])
     else:
-        rows = most // row
+        rows = max(1, min(most // row, _MOST_AT_ONCE // prod(shape[1:inner])))
         for i in range(0, shape[0], rows):
             yield from _windows(tensor[i : i + rows], start + i * steps[0], steps)
 

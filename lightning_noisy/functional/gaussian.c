@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { PAIRS = 64, PART = 1 << 15, MOST_THREADS = 64 };
+enum { FEW = 8, PAIRS = 64, PART = 1 << 15, MOST_THREADS = 64 };
 
 static const uint64_t WEYL = 0x9E3779B97F4A7C15, FACTOR = 0xD6E8FEB86659FD93;
 
@@ -17,11 +17,12 @@ static uint64_t upper(uint64_t bits)
     return (uint64_t)((int64_t)bits >> 32);  // with the sign
 }
 
-// Write the numbers of 64 pairs, times std. The loops have no branches, and fixed lengths: compilers vectorize them.
-static void draw(uint64_t counter, uint64_t second, float std, float *restrict out)
+// Write the numbers of some pairs, at most PAIRS, times std. The loops have no branches, and after inlining lengths that
+// the compiler knows: it vectorizes them.
+static inline void draw(int pairs, uint64_t counter, uint64_t second, float std, float *restrict out)
 {
     uint32_t low[PAIRS], high[PAIRS];
-    for (int i = 0; i < PAIRS; i++) {
+    for (int i = 0; i < pairs; i++) {
         uint64_t bits = counter + (uint64_t)i * WEYL;
         bits = (bits ^ upper(bits) ^ second) * FACTOR;
         bits = (bits ^ upper(bits)) * FACTOR;
@@ -29,7 +30,7 @@ static void draw(uint64_t counter, uint64_t second, float std, float *restrict o
         low[i] = (uint32_t)bits;
         high[i] = (uint32_t)(bits >> 32);
     }
-    for (int i = 0; i < PAIRS; i++) {
+    for (int i = 0; i < pairs; i++) {
         float u = (float)(int32_t)(low[i] >> 1) * 0x1p-31f + 0x1p-32f;
         int32_t bits, exponent;
         memcpy(&bits, &u, sizeof bits);
@@ -71,10 +72,14 @@ static void add_run(float *data, uint64_t first, int64_t start, int64_t count, u
 {
     float noise[2 * PAIRS];
     while (count > 0) {
-        draw(first + (uint64_t)(start / 2) * WEYL, second, std, noise);
+        uint64_t counter = first + (uint64_t)(start / 2) * WEYL;
         int64_t skip = start % 2, n = 2 * PAIRS - skip;
         if (n > count)
             n = count;
+        if (skip + n <= 2 * FEW)
+            draw(FEW, counter, second, std, noise);
+        else
+            draw(PAIRS, counter, second, std, noise);
         for (int64_t i = 0; i < n; i++)
             data[i] += noise[skip + i];
         data += n;

@@ -2,8 +2,8 @@ r"""Gaussian noise as a function: every number is computed from a key and its ow
 
 No generator is advanced, so any part of the noise can be had alone, by any process, in any order. Two neighbouring
 numbers come from one 64-bit counter: it starts as the key's first half plus the pair's index times Weyl's constant,
-is mixed with the key's second half, and twice with itself by shifting and multiplying (as SplitMix64 does; Steele, Lea
-and Flood 2014). Its two 32-bit words, as u in (0, 1] and t in [-1, 1], become the numbers
+is mixed with the key's second half, and twice with itself by shifting and multiplying (in the manner of SplitMix64;
+Steele, Lea and Flood 2014). Its two 32-bit words, as u in (0, 1] and t in [-1, 1], become the numbers
 :math:`\sqrt{-2 \ln u} \cos \pi t` and :math:`\sqrt{-2 \ln u} \sin \pi t` (Box and Muller 1958), which lie within ±6.67.
 
 On the CPU the logarithm, the sine and the cosine are polynomials here, of operations that IEEE 754 rounds correctly, so
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
+import os
+import warnings
 from functools import cache
 from math import pi
 from pathlib import Path
@@ -24,14 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy.functional.kernel import compiled
+from lightning_noisy.functional.kernel import CompileError, compiled
 
 __all__ = [
     "Key",
     "Runs",
     "add_gaussian_",
     "draw_",
-    "gaussian",
     "gaussian_at",
     "gaussian_like",
     "stream_key",
@@ -39,8 +39,6 @@ __all__ = [
 ]
 
 Key = tuple[int, int]
-
-_log = logging.getLogger(__name__)
 
 _WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
 _FACTOR = 0xD6E8FEB86659FD93
@@ -178,13 +176,14 @@ class Runs:
 
         Args:
             pointers: where the float32 of each run begin in the CPU's memory, int64, shape (runs,); 0 leaves one out.
+                No two runs may overlap, as several threads are at work.
             second: second half of the key.
             std: σ, >= 0.
         """
         library = kernel()
         assert library is not None
         arrays = [t.contiguous() for t in (pointers, self.firsts, self.starts, self.counts)]  # alive while it works
-        threads = _threads(int(self.counts.sum()))
+        threads = _threads(int(self.counts[pointers != 0].sum()))
         library.add_gaussian(len(pointers), *(t.data_ptr() for t in arrays), signed(second), std, threads)
 
     def draw(self, second: int, std: float, device: torch.device | str = "cpu") -> Tensor:
@@ -228,41 +227,39 @@ def _threads(count: int) -> int:
     return min(torch.get_num_threads(), max(1, count >> 18))
 
 
+def _add_run(library: ctypes.CDLL, out: Tensor, key: Key, start: int, std: float) -> None:
+    """Add the numbers of a run to a contiguous float32 tensor on the CPU."""
+    run = (ctypes.c_int64 * 4)(out.data_ptr(), signed(key[0]), start, out.numel())
+    arrays = (ctypes.addressof(run) + 8 * i for i in range(4))
+    library.add_gaussian(1, *arrays, signed(key[1]), std, _threads(out.numel()))
+
+
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The compiled ``gaussian.c``; None where it can't be compiled, or gives other bits than torch's operations."""
-    library = compiled(Path(__file__).with_name("gaussian.c"))
-    if library is None:
-        return None
-    function = library.add_gaussian
-    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
-    function.restype = None
-    numbers, run = torch.zeros(4099, device="cpu"), torch.tensor([0, 7, 11, 4099], device="cpu")
-    run[0] = numbers.data_ptr()
-    function(1, *(each.data_ptr() for each in run), 13, 0.3, 2)
-    if not torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
-        _log.info("gaussian.c, compiled, gives other numbers than torch's operations, and is not used.")
-        return None
-    return library
+    """The compiled ``gaussian.c``; None, with a warning, where it can't be had; None if it is forbidden.
 
-
-def gaussian(key: Key, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """The standard normal numbers of a key at addresses ``start`` to ``stop``.
-
-    Args:
-        key: from :func:`stream_key`.
-        start: first address, >= 0.
-        stop: one past the last address.
-        device: where to draw them.
-
-    Returns:
-        Float32 tensor, shape (stop - start,).
-
-    >>> whole = gaussian(stream_key(0), 0, 100_000)
-    >>> bool((gaussian(stream_key(0), 40_000, 40_003) == whole[40_000:40_003]).all())
-    True
+    ``LIGHTNING_NOISY_KERNEL=0`` forbids it.
     """
-    return gaussian_at(key, torch.arange(start, max(start, stop), device=device))
+    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
+        return None
+    try:
+        library = compiled(Path(__file__).with_name("gaussian.c"))
+        function = library.add_gaussian
+        function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
+        function.restype = None
+        numbers = torch.zeros(4099, dtype=torch.float32, device="cpu")
+        _add_run(library, numbers, (7, 13), 11, 0.3)
+        if torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
+            return library
+        reason = "compiled, it gives other numbers than torch's operations"
+    except (CompileError, AttributeError) as error:
+        reason = str(error)
+    warnings.warn(
+        "Noise on the CPU is drawn by torch's operations, some ten times as slowly as by the kernel, which a C compiler"
+        f" (cc, or $CC) makes: {reason}. LIGHTNING_NOISY_KERNEL=0 does without it, and without this warning.",
+        stacklevel=2,
+    )
+    return None
 
 
 def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
@@ -276,16 +273,19 @@ def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
 
     Returns:
         ``out``.
+
+    Raises:
+        ValueError: if ``out`` or ``start`` is something else.
     """
-    first, second, library = signed(key[0]), signed(key[1]), kernel()
-    if library is not None:
-        run = (ctypes.c_int64 * 4)(out.zero_().data_ptr(), first, start, len(out))
-        arrays = (ctypes.addressof(run) + 8 * i for i in range(4))
-        library.add_gaussian(1, *arrays, second, std, _threads(len(out)))
+    if start < 0 or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
+        raise ValueError(f"draw_ needs a contiguous float32 tensor on the CPU and start >= 0, got {out!r} and {start}.")
+    library = kernel()
+    if library is not None and type(out) is Tensor:
+        _add_run(library, out.zero_(), key, start, std)
         return out
-    for begin in range(0, len(out), _AT_ONCE):
+    for begin in range(0, out.numel(), _AT_ONCE):
         part = out[begin : begin + _AT_ONCE]
-        part.copy_(Runs([first], [start + begin], [len(part)]).draw(second, std))
+        part.copy_(Runs([signed(key[0])], [start + begin], [part.numel()]).draw(key[1], std))
     return out
 
 
@@ -302,11 +302,11 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
         Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
     """
     if torch.compiler.is_compiling():
-        as_operator = x.device.type == "cpu"  # where the hash, compiled by inductor, takes ten times as long
+        opaque = x.device.type == "cpu"  # where the hash, compiled by inductor, takes ten times as long
     else:
-        as_operator = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
-    if as_operator:
-        drawn: Tensor = _as_operator(x.detach(), first, signed(second))
+        opaque = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
+    if opaque:
+        drawn: Tensor = _gaussian_like_operator(x.detach(), first, signed(second))
         return drawn
     return _drawn(x, first, second)
 
@@ -319,22 +319,24 @@ def _drawn(x: Tensor, first: Tensor, second: int) -> Tensor:
     return numbers
 
 
-_as_operator = torch.library.custom_op("lightning_noisy::gaussian_like", _drawn, mutates_args=())
+_gaussian_like_operator = torch.library.custom_op("lightning_noisy::gaussian_like", _drawn, mutates_args=())
 
 
-@_as_operator.register_vmap
+@_gaussian_like_operator.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, first: Tensor, second: int) -> tuple[Tensor, int]:
     """Every element of the whole batch has a number of its own; or, of several streams, each its own stream."""
     size = info.batch_size
     of_x, of_first = in_dims[:2]
     if of_first is None and of_x is not None:
-        return _as_operator(x.movedim(of_x, 0), first, second), 0
+        return _gaussian_like_operator(x.movedim(of_x, 0), first, second), 0
     parts = [x] * size if of_x is None else x.movedim(of_x, 0).unbind()
     streams = [first] * size if of_first is None else first.movedim(of_first, 0).unbind()
-    return torch.stack([_as_operator(part, each, second) for part, each in zip(parts, streams, strict=True)]), 0
+    return torch.stack(
+        [_gaussian_like_operator(part, each, second) for part, each in zip(parts, streams, strict=True)]
+    ), 0
 
 
-@_as_operator.register_fake
+@_gaussian_like_operator.register_fake
 def _(x: Tensor, first: Tensor, second: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float32, device=x.device)
 

@@ -59,6 +59,7 @@ class Flat(L.LightningModule):
         self.scale = nn.Parameter(torch.zeros(1, 1))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+        self.net[3].weight.is_quiet = True
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return 0 * (self.net(batch.to(self.scale.dtype)) * self.scale).sum()
@@ -69,9 +70,14 @@ class Flat(L.LightningModule):
         return torch.optim.SGD(groups, lr=1.0)
 
 
-def noise() -> GradientNoise:
-    """Without noise on biases."""
-    return GradientNoise(eta=1.0, seed=0, params=lambda name, parameter: parameter.dim() != 1)
+def noise(model: Flat) -> GradientNoise:
+    """Without noise on biases, nor on parameters that are left out by attribute and by identity."""
+
+    def params(name: str, parameter: nn.Parameter) -> bool:
+        is_quiet = parameter is model.net[2].weight or getattr(parameter, "is_quiet", False)
+        return parameter.dim() != 1 and not is_quiet
+
+    return GradientNoise(eta=1.0, seed=0, params=params)
 
 
 def run(out: Path, case: str) -> None:
@@ -87,7 +93,8 @@ def run(out: Path, case: str) -> None:
     resume, overflows = options.pop("resume", False), options.pop("overflows", 0)
     ckpt_path = out / f"{case}.ckpt" if resume else None
     for epochs in (2, 3) if resume else (3 + overflows,):
-        model, callback = Flat(), noise()
+        model = Flat()
+        callback = noise(model)
         trainer = quiet_trainer(
             strategy=OnCPU(config=dict(config)),
             accelerator="cpu",

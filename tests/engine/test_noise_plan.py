@@ -5,6 +5,7 @@ from math import prod
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -253,3 +254,78 @@ def test_autograd_notices_that_a_gradient_has_changed(dtype):
     NoisePlan(parameters).add_noise([1.0], ("s",), 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         penalties[1].backward()
+
+
+def test_a_gradient_of_another_size_than_its_parameter_gets_noise_where_it_is():
+    p = nn.Parameter(torch.zeros(1000))
+    p.grad = torch.zeros(1000)
+    plan = NoisePlan({"p": p})
+    memory = torch.zeros(1000)
+    p.data = torch.zeros(10)
+    p.grad = memory[:10]
+    plan.add_noise([1.0], ("s",), 0)
+    assert torch.equal(p.grad, reference("p", torch.zeros(10), 1.0))
+    assert memory[10:].count_nonzero() == 0
+
+
+def test_a_negated_view_gets_the_noise_and_not_its_opposite():
+    parameters = parameters_of({"p": (40,)})
+    parameters["p"].grad = torch._neg_view(torch.zeros(40))
+    NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert torch.equal(parameters["p"].grad.resolve_neg(), reference("p", torch.zeros(40), 1.0))
+
+
+def test_a_group_without_noise_is_not_touched():
+    parameters = parameters_of({"a": (3,), "b": (3,)})
+    parameters["a"].grad = torch.tensor([-0.0, 1.0, -0.0])
+    version = parameters["a"].grad._version
+    NoisePlan(parameters, [0, 1]).add_noise([0.0, 1.0], ("s",), 0)
+    assert parameters["a"].grad.signbit().tolist() == [True, False, True]
+    assert parameters["a"].grad._version == version
+    assert parameters["b"].grad.count_nonzero() == 3
+
+
+def test_parameters_with_one_gradient_add_their_noises_one_by_one():
+    size = 1 << 20  # enough for two threads, which would race
+    parameters = parameters_of(dict.fromkeys("abcd", (size,)))
+    shared = torch.zeros(size)
+    for parameter in parameters.values():
+        parameter.grad = shared
+    NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    expected = torch.zeros(size)
+    for name, parameter in parameters.items():
+        expected += reference(name, parameter, 1.0)
+    assert torch.equal(shared, expected)
+
+
+def test_an_expanded_gradient_is_refused_before_any_noise():
+    parameters = parameters_of({"a": (3,), "b": (4,)})
+    parameters["b"].grad = torch.zeros(1).expand(4)
+    with pytest.raises(TypeError, match="its elements share memory"):
+        NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert parameters["a"].grad.count_nonzero() == 0
+
+
+def test_fake_gradients_get_no_noise_and_count():
+    with FakeTensorMode():
+        parameters = parameters_of({"a": (3,), "b": (4, 5)})
+        parameters["b"].grad = torch.zeros(5, 4).t()
+    plan = NoisePlan(parameters)
+    with FakeTensorMode():
+        assert plan.add_noise([1.0], ("s",), 0)
+
+
+@pytest.mark.parametrize("shape", [(200_000, 1), (70_000, 3), (3, 40_000, 2)])
+def test_windows_of_many_short_rows(shape):
+    # Column-wise shards with hardly any columns: there are more rows than a block may have.
+    width = shape[-1]
+    whole = (*shape[:-1], 7)
+    key = stream_key("w")
+    expected = add_gaussian_(torch.zeros(whole), 1.0, key)[..., 2 : 2 + width]
+    local = torch.zeros(shape)
+    batch = _Batch(local.device, 1.0, key[1])
+    for part, starts in _windows(local, 2, _strides(whole)):
+        assert len(starts) <= 1 << 16
+        batch.add(part, starts, key[0])
+    batch.flush()
+    assert torch.equal(local, expected)

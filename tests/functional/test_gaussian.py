@@ -8,13 +8,18 @@ from lightning_noisy.functional.gaussian import (
     Runs,
     add_gaussian_,
     draw_,
-    gaussian,
     gaussian_at,
     stream_key,
     substream,
 )
 
 KEY = stream_key("test")
+
+
+def gaussian(key, start, stop):
+    return gaussian_at(key, torch.arange(start, stop))
+
+
 CHUNK = 1 << 15
 
 
@@ -139,6 +144,20 @@ def test_draw_writes_what_the_reference_gives(start, count, any_kernel):
     out = torch.full((count,), math.nan)
     expected = gaussian_at(KEY, torch.arange(start, start + count), 0.3)
     assert torch.equal(draw_(out, KEY, start=start, std=0.3), expected)
+
+
+@pytest.mark.parametrize(
+    ("out", "start"),
+    [
+        (torch.zeros(4), -1),
+        (torch.zeros(4, dtype=torch.float64), 0),
+        (torch.zeros(8)[::2], 0),
+        (torch.zeros(4, device="meta"), 0),
+    ],
+)
+def test_draw_refuses_what_it_cannot_write_to(out, start):
+    with pytest.raises(ValueError, match="needs a contiguous float32 tensor on the CPU and start >= 0"):
+        draw_(out, KEY, start=start)
 
 
 @pytest.mark.parametrize("counts", [[], [0], [5], [6, 2], [3, 0, 1, 70_000, 15]])

@@ -6,14 +6,15 @@ and with ZeRO call its ``step`` for one vector after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Fragment", "base_optimizer", "fragments", "whole"]
+__all__ = ["Fragment", "base_optimizer", "fragments", "parameters", "whole_shape"]
 
 
 class Fragment:
@@ -65,11 +66,11 @@ def base_optimizer(optimizer: Any) -> Optimizer | None:
         raise TypeError(
             f"Gradient noise can't find the parameters in DeepSpeed's {type(optimizer).__name__}. Use ZeRO."
         )
-    beside = ("zenflow", "backup_optimizer", "fused_adam_legacy", "fused_lamb_legacy")
+    beside = ("zenflow", "backup_optimizer", "superoffload_cpu_optimizer", "fused_adam_legacy", "fused_lamb_legacy")
     if any(getattr(optimizer, name, False) for name in beside):
         raise TypeError(
-            "Gradient noise doesn't reach what DeepSpeed updates beside the optimizer. Configure it without ZenFlow and"
-            ' "legacy_fusion", and with an offload_optimizer of "ratio": 1.0.'
+            "Gradient noise doesn't reach what DeepSpeed updates beside the optimizer. Configure it without ZenFlow,"
+            ' SuperOffload and "legacy_fusion", and with an offload_optimizer of "ratio": 1.0.'
         )
     return inner
 
@@ -95,23 +96,34 @@ def fragments(optimizer: Any) -> dict[Tensor, list[tuple[nn.Parameter, Fragment]
     return found
 
 
-def whole(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter; for one that ZeRO 3 has partitioned a stand-in of its whole shape, without memory."""
+def parameters(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters of all ranks, of one of DeepSpeed's optimizers as in :func:`fragments`."""
+    layout = _layout(optimizer)
+    assert layout is not None
+    return [parameter for group in getattr(optimizer, layout[1]) for parameter in group]
+
+
+@contextmanager
+def whole_shape(parameter: Any) -> Iterator[nn.Parameter]:
+    """The parameter, with its whole shape also where ZeRO 3 has partitioned it; its values are not there then."""
     shape = getattr(parameter, "ds_shape", None)
-    if shape is None:
-        return parameter
-    values = torch.empty(shape, dtype=parameter.dtype, device="meta")
-    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+    values = parameter.data
+    if shape is not None and values.shape != shape:
+        parameter.data = values.new_empty(()).expand(shape)
+    try:
+        yield parameter
+    finally:
+        parameter.data = values
 
 
 def _of_partitions(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Fragment]]:
     """ZeRO 3: each parameter is flattened, padded, and cut in equal parts, one for each rank."""
     found, offset = [], 0
     for parameter in group:
-        size, whole = parameter.partition_numel(), parameter.ds_numel
+        size = parameter.partition_numel()
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
-        if start < whole:
-            found.append((parameter, Fragment(flat, offset, min(size, whole - start), start)))
+        if start < parameter.ds_numel:
+            found.append((parameter, Fragment(flat, offset, min(size, parameter.ds_numel - start), start)))
         offset += size
     return found
 
