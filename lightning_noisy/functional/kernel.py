@@ -19,17 +19,10 @@ class CompileError(Exception):
 
 
 # The values don't depend on the flags: products and sums are rounded one by one, and nothing is reordered. The math
-# functions set no errno and floating-point exceptions aren't looked at, which allows vectors.
-_FLAGS = [
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-fast-math",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-]
+# functions set no errno and floating-point exceptions aren't looked at, which allows vectors. (The first flag undoes
+# what $CC may say, and would undo those if it came later.)
+_FLAGS = ["-fno-fast-math", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_LIBRARY = ["-shared", "-fPIC", "-pthread"]
 _VECTORS = {  # by what torch itself uses on this machine
     "AVX2": ["-mavx2"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"],
@@ -55,7 +48,7 @@ def compiled(source: Path) -> ctypes.CDLL:
         compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = Path(folder, source.stem + ".so")
-            command = [*compiler, *_FLAGS, *vectors, str(source), "-o", str(library), "-lm"]
+            command = [*compiler, *_FLAGS, *vectors, *_LIBRARY, str(source), "-o", str(library), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
             return ctypes.CDLL(str(library))
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # no compiler, no folder, no such flag, ...
