@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments, parameters, whole_shape
 from lightning_noisy.engine.fsdp1 import flat_shards
+from lightning_noisy.engine.names import parameter_names, strip_wrappers, unwrapped
 from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
 from lightning_noisy.schedules import HorizonSchedule, Schedule
 
@@ -308,16 +308,12 @@ class GradientNoiseHandle:
         return self._plans[key][0]
 
     def _make_plan(self, optimizer: Optimizer) -> NoisePlan:
-        model = _unwrapped(self._model)
-        names: dict[nn.Parameter, str] = {}
-        taken: set[str] = set()
-        for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
-            stripped = _strip_wrappers(name)
-            names[parameter] = stripped if stripped not in taken else f"{stripped}#{len(names)}"
-            taken.add(names[parameter])
+        model = unwrapped(self._model)
+        names = parameter_names(model)
         if self._zero is not None:
             return self._make_flat_plan(optimizer, names)
         chosen, groups = {}, []
+        taken = set(names.values())
         seen: set[nn.Parameter] = set()
         for index, group in enumerate(optimizer.param_groups):
             own_names = group.get("param_names") or [None] * len(group["params"])
@@ -325,7 +321,7 @@ class GradientNoiseHandle:
                 if parameter in seen:
                     continue
                 if parameter not in names:
-                    name = _strip_wrappers(own_name).removeprefix("module.") if own_name else f"#{len(seen)}"
+                    name = strip_wrappers(own_name).removeprefix("module.") if own_name else f"#{len(seen)}"
                     names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # of another module
                     taken.add(names[parameter])
                 seen.add(parameter)
@@ -388,26 +384,8 @@ def _handles(optimizer: Optimizer) -> list[GradientNoiseHandle]:
     return [owner for owner in owners if isinstance(owner, GradientNoiseHandle)]
 
 
-def _unwrapped(model: nn.Module | None) -> nn.Module | None:
-    """A model without wrappers around it, of torch.compile and for data parallelism."""
-    while True:
-        is_parallel = isinstance(model, (DataParallel, DistributedDataParallel))
-        inner = getattr(
-            model, "module" if is_parallel or type(model).__name__ == "DeepSpeedEngine" else "_orig_mod", None
-        )
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def _is_running(frame: FrameType, inner: FrameType | None) -> bool:
     """Whether ``frame`` is ``inner`` or one of its callers."""
     while inner is not None and inner is not frame:
         inner = inner.f_back
     return inner is not None
-
-
-def _strip_wrappers(name: str) -> str:
-    """A parameter's name without what wrappers of modules put into it."""
-    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -1,0 +1,36 @@
+"""The names of parameters, by which their noise is keyed: the same whatever is wrapped around a model or in it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["parameter_names", "strip_wrappers", "unwrapped"]
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module | None) -> nn.Module | None:
+    """A model without wrappers around it: of torch.compile, for data parallelism, and DeepSpeed's engine."""
+    while True:
+        wraps = isinstance(model, (DataParallel, DistributedDataParallel)) or type(model).__name__ == "DeepSpeedEngine"
+        inner = getattr(model, "module" if wraps else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without what wrappers of modules put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def parameter_names(model: nn.Module | None) -> dict[nn.Parameter, str]:
+    """The name of each parameter of an unwrapped model; empty without a model. No two are equal."""
+    names: dict[nn.Parameter, str] = {}
+    taken: set[str] = set()
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        stripped = strip_wrappers(name)
+        names[parameter] = stripped if stripped not in taken else f"{stripped}#{len(names)}"
+        taken.add(names[parameter])
+    return names
