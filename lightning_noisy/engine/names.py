@@ -7,13 +7,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["parameter_names", "strip_wrappers", "unwrapped"]
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (DataParallel, DistributedDataParallel)
+_WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:
     """A model without wrappers around it: of torch.compile, for data parallelism, and DeepSpeed's engine."""
     while True:
-        wraps = isinstance(model, (DataParallel, DistributedDataParallel)) or type(model).__name__ == "DeepSpeedEngine"
+        wraps = isinstance(model, _PARALLEL) or type(model).__name__ == "DeepSpeedEngine"
         inner = getattr(model, "module" if wraps else "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
@@ -29,8 +30,15 @@ def parameter_names(model: nn.Module | None) -> dict[nn.Parameter, str]:
     """The name of each parameter of an unwrapped model; empty without a model. No two are equal."""
     names: dict[nn.Parameter, str] = {}
     taken: set[str] = set()
-    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
-        stripped = strip_wrappers(name)
+    if not isinstance(model, nn.Module):
+        return names
+    parallel = [name for name, module in model.named_modules() if isinstance(module, _PARALLEL)]
+    for name, parameter in model.named_parameters():
+        stripped = name
+        for prefix in reversed(parallel):  # the inner ones first
+            if stripped.startswith(f"{prefix}.module."):
+                stripped = prefix + stripped.removeprefix(f"{prefix}.module")
+        stripped = strip_wrappers(stripped)
         names[parameter] = stripped if stripped not in taken else f"{stripped}#{len(names)}"
         taken.add(names[parameter])
     return names

@@ -115,6 +115,8 @@ class NoisePlan:
                 taken.add(pointer)
         alike: dict[tuple[torch.device, float], list[_Place]] = {}
         for place in others:
+            if not stds[place.group]:
+                continue
             gradient = _checked_gradient(place.parameter)
             if isinstance(gradient, FakeTensor):
                 continue  # without values
@@ -129,7 +131,7 @@ class NoisePlan:
                     torch.autograd.graph.increment_version([g for g, there in changed if g is not None and there])
         for (device, std), group_of_places in alike.items():
             batch = _Batch(device, std, second)
-            for place in group_of_places if std else ():
+            for place in group_of_places:
                 for tensor, starts in _blocks(place.parameter, place.start):
                     batch.add(tensor, starts, first + place.offset)
             batch.flush()
@@ -183,14 +185,14 @@ class _Batch:
         """Take in a block: a tensor, and the addresses at which its rows, of equal length, start."""
         first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
         pointer = _pointer(tensor)
-        if rows > 1 or tensor.is_neg() or (pointer and kernel() is not None):
-            firsts, widths = (torch.full((rows,), number, device="cpu") for number in (first, width))
-            runs = Runs(firsts, starts, widths)
-            if pointer and kernel() is not None:
-                runs.add_at(pointer + 4 * width * torch.arange(rows, device="cpu"), self._second, self._std)
-                torch.autograd.graph.increment_version(tensor)
-            else:
-                tensor.add_(runs.draw(self._second, self._std, self._device).view(tensor.shape))
+        if pointer and kernel() is not None:
+            pointers = pointer + 4 * width * torch.arange(rows, device="cpu")
+            _rows(first, starts, width).add_at(pointers, self._second, self._std)
+            torch.autograd.graph.increment_version(tensor)
+        elif rows > 1:
+            noise = _rows(first, starts, width).draw(self._second, self._std, self._device)
+            with torch.inference_mode():
+                tensor.add_(noise.view(tensor.shape))
         elif tensor.numel() <= self._most:
             if self._used + tensor.numel() > self._most:
                 self.flush()
@@ -215,13 +217,18 @@ class _Batch:
         self._used, self._tensors, self._runs = 0, [], []
 
 
+def _rows(first: int, starts: list[int] | Tensor, width: int) -> Runs:
+    firsts, widths = (torch.full((len(starts),), number, device="cpu") for number in (first, width))
+    return Runs(firsts, starts, widths)
+
+
 def _most_at_once(device: torch.device) -> int:
     """Most numbers to draw into memory: 0.5 MiB, which a CPU's cache holds, and elsewhere 4 MiB."""
     return 1 << (17 if device.type == "cpu" else 20)
 
 
 def _checked_gradient(parameter: Parameter) -> Tensor:
-    """The gradient, if it is of a kind that noise can be added to; sparse ones coalesced."""
+    """The gradient, if it is of a kind that noise can be added to; made coalesced, and no conjugate view."""
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -234,6 +241,9 @@ def _checked_gradient(parameter: Parameter) -> Tensor:
         if gradient.sparse_dim() != 1:
             raise TypeError(f"Noise on a sparse gradient needs one sparse dimension, got {gradient.sparse_dim()}.")
         gradient = gradient.coalesce()
+        if not (values := gradient.values()).is_contiguous():
+            parts = gradient.indices(), values.contiguous()
+            gradient = torch.sparse_coo_tensor(*parts, gradient.shape, is_coalesced=True, check_invariants=False)
         parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
@@ -241,6 +251,9 @@ def _checked_gradient(parameter: Parameter) -> Tensor:
         raise TypeError(
             f"A gradient of shape {tuple(gradient.shape)} is expanded: its elements share memory. Clone it."
         )
+    elif gradient.is_conj() or gradient.is_neg():  # views, of which autograd makes some of complex parameters
+        gradient = gradient.resolve_conj().resolve_neg()
+        parameter.grad = gradient  # type: ignore[misc]
     return gradient
 
 

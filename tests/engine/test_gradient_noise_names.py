@@ -6,6 +6,7 @@ from helpers import SpySGD, all_equal
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
+from lightning_noisy.engine.names import parameter_names
 from lightning_noisy.functional.gaussian import add_gaussian_, stream_key, substream
 from lightning_noisy.schedules import Constant
 
@@ -147,3 +148,12 @@ def test_names_that_are_equal_without_wrappers_get_noise_each():
     first, second = optimizer.seen[0]
     assert first.count_nonzero() == second.count_nonzero() == 50
     assert not torch.equal(first, second)
+
+
+def test_names_do_not_see_parallel_wrappers_inside_of_the_model():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 3)))
+    expected = list(parameter_names(model).values())
+    model[1] = nn.DataParallel(nn.Sequential(nn.DataParallel(model[1][0])))
+    assert list(parameter_names(model).values()) == expected
+    model[1].module.add_module("module", nn.Linear(1, 1))  # a name of one's own stays
+    assert list(parameter_names(model).values())[-1] == "1.module.bias"

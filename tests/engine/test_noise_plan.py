@@ -329,3 +329,30 @@ def test_windows_of_many_short_rows(shape):
         batch.add(part, starts, key[0])
     batch.flush()
     assert torch.equal(local, expected)
+
+
+def test_a_conjugate_view_gets_the_noise():
+    # As autograd makes it for W.conj() @ x.
+    parameters = parameters_of({"b": (3,), "w": (4, 5)}, torch.complex64)
+    parameters["w"].grad = torch.zeros(4, 5, dtype=torch.complex64).conj()
+    NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert torch.equal(parameters["w"].grad, reference("w", parameters["w"], 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 400, 400), (5, 4, 3)])
+def test_sparse_rows_may_be_strided(dtype, shape):
+    parameters = parameters_of({"w": shape}, dtype)
+    for values in (torch.zeros(2, *shape[1:]).transpose(1, 2).mT, torch.zeros(1, 1, 1).expand(2, *shape[1:])):
+        parameters["w"].grad = torch.sparse_coo_tensor(
+            [[1, 4]], values.to(dtype), shape, is_coalesced=True, check_invariants=True
+        )
+        NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+        expected = reference("w", torch.zeros(shape, dtype=dtype), 1.0)
+        assert torch.equal(parameters["w"].grad.values(), expected[[1, 4]])
+
+
+def test_without_noise_an_expanded_gradient_is_let_be():
+    parameters = parameters_of({"b": (4,)})
+    parameters["b"].grad = torch.zeros(1).expand(4)
+    assert NoisePlan(parameters).add_noise([0.0], ("s",), 0)
