@@ -1,5 +1,6 @@
 """What happens where the kernel can't be compiled, or isn't what it should be."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from lightning_noisy.functional import gaussian, kernel
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def test_without_a_place_for_temporary_files_torch_draws_the_noise(fresh):
         assert gaussian.kernel() is None
 
 
+@needs_compiler
 def test_a_kernel_with_other_numbers_is_not_used(fresh, tmp_path):
     source = tmp_path / "gaussian.c"
     text = (Path(gaussian.__file__).with_name("gaussian.c")).read_text()
@@ -56,6 +60,7 @@ def test_a_kernel_with_other_numbers_is_not_used(fresh, tmp_path):
         assert gaussian.kernel() is None
 
 
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter(fresh, dtype):
     expected = gaussian.draw_(torch.empty(1000), (1, 2))
@@ -69,6 +74,7 @@ def test_the_default_dtype_does_not_matter(fresh, dtype):
         torch.set_default_dtype(before)
 
 
+@needs_compiler
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 def test_every_instruction_set_gives_the_same_numbers(fresh, capability):
     order = ["DEFAULT", "AVX2", "AVX512"]
