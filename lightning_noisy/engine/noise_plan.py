@@ -12,8 +12,9 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from math import prod, sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +99,15 @@ class NoisePlan:
         """
         first, second = stream_key(*stream, step)
         gradients = [parameter.grad for parameter in self._parameters]
+        # As in _pointer, written out: of many small gradients a call for each would take a tenth of the time.
         pointers = [
-            _pointer(g) if g is not None and g.numel() == size else 0
+            g.data_ptr()
+            if type(g) is Tensor
+            and isinstance(g, torch.FloatTensor)
+            and g.numel() == size
+            and g.is_contiguous()
+            and not g.is_neg()
+            else 0
             for g, size in zip(gradients, self._sizes, strict=True)
         ]
         if any(pointers) and kernel() is None:
@@ -127,8 +135,10 @@ class NoisePlan:
             for group, span in self._spans.items():
                 if stds[group]:
                     runs[span].add_at(where[span], second, stds[group])
-                    changed = zip(gradients[span], pointers[span], strict=True)
-                    torch.autograd.graph.increment_version([g for g, there in changed if g is not None and there])
+                    changed = cast(list[Tensor], gradients[span])
+                    if 0 in pointers[span]:
+                        changed = list(compress(changed, pointers[span]))
+                    torch.autograd.graph.increment_version(changed)
         for (device, std), group_of_places in alike.items():
             batch = _Batch(device, std, second)
             for place in group_of_places:

@@ -161,7 +161,8 @@ class Runs:
 
     def __init__(self, firsts: list[int] | Tensor, starts: list[int] | Tensor, counts: list[int] | Tensor) -> None:
         self.firsts, self.starts, self.counts = (
-            torch.as_tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (firsts, starts, counts)
+            numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.int64, device="cpu")
+            for numbers in (firsts, starts, counts)
         )
 
     def __getitem__(self, part: slice) -> Runs:
