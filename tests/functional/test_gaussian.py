@@ -139,7 +139,7 @@ def test_gaussian_at_takes_any_addresses():
 
 
 @pytest.mark.parametrize("start", [0, 1, 246, 2**40 + 1])
-@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 300_001])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 127, 128, 129, 300_001])
 def test_draw_writes_what_the_reference_gives(start, count, any_kernel):
     out = torch.full((count,), math.nan)
     expected = gaussian_at(KEY, torch.arange(start, start + count), 0.3)
