@@ -1,6 +1,8 @@
-import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
+from helpers import HAS_COMPILER
 
 from lightning_noisy.functional.gaussian import kernel
 
@@ -11,9 +13,22 @@ def any_kernel(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", "0")
         kernel.cache_clear()
-    elif kernel() is None and shutil.which("cc") is None:
+    elif not HAS_COMPILER:
         pytest.skip("there is no C compiler")
     assert (kernel() is None) == (request.param == "torch")
     yield
     monkeypatch.undo()
     kernel.cache_clear()
+
+
+@pytest.fixture
+def inductor():
+    """The test is skipped where torch.compile lacks what its default backend needs on the CPU."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile finds no C++ compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("torch.compile needs Python's C headers")

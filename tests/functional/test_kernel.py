@@ -1,15 +1,15 @@
 """What happens where the kernel can't be compiled, or isn't what it should be."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import HAS_COMPILER
 
 from lightning_noisy.functional import gaussian, kernel
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
 
 
 @pytest.fixture
