@@ -285,25 +285,46 @@ def test_a_group_without_noise_is_not_touched():
     assert parameters["b"].grad.count_nonzero() == 3
 
 
-def test_parameters_with_one_gradient_add_their_noises_one_by_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_with_one_gradient_get_one_each(dtype):
     size = 1 << 20  # enough for two threads, which would race
-    parameters = parameters_of(dict.fromkeys("abcd", (size,)))
-    shared = torch.zeros(size)
-    for parameter in parameters.values():
-        parameter.grad = shared
+    parameters = parameters_of(dict.fromkeys("abcd", (size,)), dtype)
+    shared = torch.ones(size + 5, dtype=dtype)
+    for i, parameter in enumerate(parameters.values()):
+        parameter.grad = shared[:size]  # views that begin at one place
+        if i == 3:
+            parameter.grad = shared[:size].as_strided((size,), (0,))  # and one whose elements are one
     NoisePlan(parameters).add_noise([1.0], ("s",), 0)
-    expected = torch.zeros(size)
     for name, parameter in parameters.items():
-        expected += reference(name, parameter, 1.0)
-    assert torch.equal(shared, expected)
+        assert torch.equal(parameter.grad, 1 + reference(name, parameter, 1.0)), name
 
 
-def test_an_expanded_gradient_is_refused_before_any_noise():
-    parameters = parameters_of({"a": (3,), "b": (4,)})
-    parameters["b"].grad = torch.zeros(1).expand(4)
-    with pytest.raises(TypeError, match="its elements share memory"):
-        NoisePlan(parameters).add_noise([1.0], ("s",), 0)
-    assert parameters["a"].grad.count_nonzero() == 0
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        (lambda: torch.ones(1).expand(4, 3), True),
+        (lambda: torch.ones(1, 3).expand(4, 3), True),
+        (lambda: torch.ones(20).as_strided((4, 3), (2, 1)), True),  # rows that overlap
+        (lambda: torch.ones(20).as_strided((4, 3), (3, 1)), False),
+        (lambda: torch.ones(3, 4).t(), False),
+        (lambda: torch.ones(40).as_strided((4, 3), (1, 10)), False),
+        (lambda: torch.ones(1, 3).expand(1, 3), False),
+    ],
+)
+def test_a_gradient_whose_elements_share_memory_is_copied(make, copied):
+    gradient = make()
+    p = nn.Parameter(torch.zeros(gradient.shape))
+    p.grad = gradient
+    assert NoisePlan({"p": p}).add_noise([1.0], ("s",), 0)
+    assert torch.equal(p.grad, 1 + reference("p", p, 1.0))
+    assert (p.grad is not gradient) == copied
+
+
+def test_an_empty_gradient_with_strides_of_zero_is_no_shared_memory():
+    parameters = parameters_of({"a": (3,), "b": (0, 4)})
+    parameters["b"].grad = torch.zeros(0, 1).expand(0, 4)
+    assert NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert parameters["a"].grad.count_nonzero() == 3
 
 
 def test_fake_gradients_get_no_noise_and_count():

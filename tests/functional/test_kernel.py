@@ -14,10 +14,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is
 
 @pytest.fixture
 def fresh(monkeypatch):
-    gaussian.kernel.cache_clear()
+    gaussian._kernel.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    gaussian.kernel.cache_clear()
+    gaussian._kernel.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def fresh(monkeypatch):
 )
 def test_without_a_compiler_torch_draws_the_noise_and_a_warning_says_why(fresh, compiler):
     expected = gaussian.draw_(torch.empty(1000), (1, 2))
-    gaussian.kernel.cache_clear()
+    gaussian._kernel.cache_clear()
     fresh.setenv("CC", compiler)
     with pytest.warns(UserWarning, match=r"drawn by torch's operations.* LIGHTNING_NOISY_KERNEL=0 does without"):
         assert gaussian.kernel() is None
@@ -64,7 +64,7 @@ def test_a_kernel_with_other_numbers_is_not_used(fresh, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter(fresh, dtype):
     expected = gaussian.draw_(torch.empty(1000), (1, 2))
-    gaussian.kernel.cache_clear()
+    gaussian._kernel.cache_clear()
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
