@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments, parameters, whole_shape
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.names import parameter_names, strip_wrappers, unwrapped
-from lightning_noisy.engine.noise_plan import Mark, NoisePlan, largest_element, total_norm, unchanged
+from lightning_noisy.engine.noise_plan import Mark, NoisePlan, total_norm, unchanged, wide_norm
 from lightning_noisy.engine.step_hooks import StepHooks, stepping_optimizer
 from lightning_noisy.functional.gaussian import plain
 from lightning_noisy.schedules import HorizonSchedule, Schedule, check_schedule
@@ -149,6 +149,7 @@ class GradientNoiseHandle:
         self._model = model
         self._params = params
         self._relative = relative
+        self._norm = 0.0  # of the gradient, for relative noise
         # By the parameters that the optimizer has, and with them, so that no id is used again.
         self._plans: dict[tuple[tuple[int, ...], ...], tuple[NoisePlan, list[nn.Parameter]]] = {}
         self._sees_all = self._zero is None  # whether gradients are whole, or know their whole
@@ -238,9 +239,8 @@ class GradientNoiseHandle:
         scales = [_noise_scale(group) for group in optimizer.param_groups]
         if self._relative:
             count = plan.noise_norm([float(group_scale > 0) for group_scale in scales])
-            norm = 0.0 if self.grad_norm is None else float(self.grad_norm)
-            rms = norm / count if count and math.isfinite(norm) else 0.0
-            stds = [std * rms for std in stds]
+            rms = self._norm / count if count and math.isfinite(self._norm) else 0.0
+            stds = [self._checked(std * rms) for std in stds]
         std = stds[0]
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
         if self._sees_all and (self.measuring or self._relative):
@@ -260,18 +260,9 @@ class GradientNoiseHandle:
         gradients = self.gradients(optimizer) if self.measuring or self._relative else []
         if self._relative and not self._sees_all:
             raise ValueError(_SHARDS)
+        self._norm = wide_norm(gradients) / scale if self._relative else 0.0
         if gradients:
-            norm = total_norm(gradients)
-            # Outside of this range float32 squares of the elements overflow, or are lost.
-            if (
-                self._relative
-                and not 1e-15 < float(norm) < 1e18
-                and 0 < (largest := largest_element(gradients)) < math.inf
-            ):
-                norm = total_norm(gradients, unit=largest) * largest
-            self.grad_norm = norm / scale
-        elif self._relative:
-            self.grad_norm = None
+            self.grad_norm = total_norm(gradients) / scale
 
     def _stds(self, groups: list[dict[str, Any]]) -> list[float]:
         """σ of the present step for each parameter group, without its ``"noise_scale"``."""
@@ -288,7 +279,7 @@ class GradientNoiseHandle:
         std = float(std)
         if not 0 <= std <= torch.finfo(torch.float32).max:
             raise ValueError(
-                f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
+                f"The standard deviation must be >= 0 and a finite float32, got {std!r} at step {self.step}."
             )
         return std
 

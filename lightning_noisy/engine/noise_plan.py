@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lightning_noisy.engine.deepspeed import Fragment
 from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
-__all__ = ["Mark", "NoisePlan", "largest_element", "total_norm", "unchanged"]
+__all__ = ["Mark", "NoisePlan", "total_norm", "unchanged", "wide_norm"]
 
 Parameter = nn.Parameter | Fragment
 
@@ -211,14 +211,19 @@ def total_norm(gradients: list[Tensor], *, unit: float = 1.0) -> Tensor:
     return norm
 
 
-def largest_element(gradients: list[Tensor]) -> float:
-    """The largest absolute value of an element, on all ranks; infinite or NaN if one is."""
-    largest = []
+def wide_norm(gradients: list[Tensor]) -> float:
+    """The 2-norm as of :func:`total_norm`, also where squares of the elements are beyond float32 or below it."""
+    norm = float(total_norm(gradients))
+    if 1e-15 < norm < 1e18 or not gradients:
+        return norm
+    largest = 0.0
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        norm = torch.nn.utils.get_total_norm([dense], norm_type=float("inf"))
-        largest.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-    return max(largest)
+        if not dense.numel():
+            continue
+        most = torch.nn.utils.get_total_norm([dense], norm_type=float("inf"))
+        largest = max(largest, float(most.full_tensor() if isinstance(most, DTensor) else most))
+    return float(total_norm(gradients, unit=largest)) * largest if 0 < largest < inf else norm
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -1,7 +1,11 @@
 """What happens where the kernel can't be compiled, or isn't what it should be."""
 
+import os
 import shutil
+import sys
 import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -85,3 +89,60 @@ def test_every_instruction_set_gives_the_same_numbers(fresh, capability):
     assert gaussian.kernel() is not None  # which compares it with torch's operations
     whole = gaussian.draw_(torch.empty(2**20 + 3), (1, 2), start=1)
     assert torch.equal(whole, gaussian.gaussian_at((1, 2), torch.arange(1, 2**20 + 4)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-funsafe-math-optimizations", "-ffast-math", "-Ofast", "-O2 -fno-signed-zeros"])
+def test_flags_of_the_compiler_change_neither_the_numbers_nor_the_process(fresh, flags):
+    fresh.setenv("CC", f"cc {flags}")
+    assert gaussian.kernel() is not None
+    assert sys.float_info.min / 2 > 0  # denormal numbers are still there
+
+
+def test_a_library_that_flushes_denormal_numbers_is_not_used(fresh):
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU can't flush denormal numbers")
+    load = kernel.ctypes.CDLL
+
+    def flushing(name):
+        torch.set_flush_denormal(True)
+        return load(None)
+
+    fresh.setattr(kernel, "_run", lambda command: None)
+    fresh.setattr(kernel.ctypes, "CDLL", flushing)
+    with pytest.warns(UserWarning, match="rounds denormal numbers to 0 .* Drop its fast-math flags"):
+        assert gaussian.kernel() is None
+    assert sys.float_info.min / 2 > 0
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(fresh, tmp_path):
+    pid = tmp_path / "pid"
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {pid}\nwait\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    assert kernel._TIMEOUT <= 30
+    fresh.setattr(kernel, "_TIMEOUT", 0.5)
+    with pytest.warns(UserWarning, match="timed out after 0.5 seconds"):
+        assert gaussian.kernel() is None
+    for _ in range(100):  # until the system has taken note
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            return
+        state = Path(f"/proc/{pid.read_text().strip()}/stat")
+        if state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # ended, and nobody has asked for its end
+        time.sleep(0.05)
+    pytest.fail("the compiler's child is still there")
+
+
+def test_with_warnings_as_errors_the_first_step_says_so_and_the_next_ones_work(fresh):
+    fresh.setenv("CC", "false")
+    expected = gaussian.gaussian_at((1, 2), torch.arange(10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="drawn by torch's operations"):
+            gaussian.draw_(torch.empty(10), (1, 2))
+        for _ in range(2):
+            assert torch.equal(gaussian.draw_(torch.empty(10), (1, 2)), expected)
