@@ -36,8 +36,8 @@ __all__ = ["GradientNoise"]
 _ETA, _GAMMA = 0.01, 0.55
 
 # A warning says so when at so many logged steps in a row the signal-to-noise ratio was below.
-_LOW_SNR = 0.01
-_LOW_SNR_STEPS = 20
+_LOW_SNR = 0.02
+_LOW_SNR_STEPS = 10
 
 # After so many batches, at the next logged step, an optimizer without a step is named.
 _UNSEEN_BATCHES = 10
@@ -50,11 +50,11 @@ class GradientNoise(pl.Callback):
     Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks" (2015). t counts the
     steps that each optimizer has taken, from 0: batches that only accumulate gradients don't count.
 
-    **Choosing η.** Look at ``gradient_noise/snr``. In the paper η is 0.01 or 1.0, but what matters is its size beside
-    the gradient. A ratio around 0.1 to 1 disturbs the training and lets it learn; far below 0.1 the steps are mostly
-    noise, which only a model that doesn't learn without it can use, such as one whose weights start at zero. If the
-    loss doesn't fall there, take η a hundred times smaller, or ``relative=True``, which fixes the ratio. A warning says
-    so once, when the ratio was below 0.01 at 20 logged steps in a row.
+    **Choosing η.** What counts is the size of the noise beside the gradient: look at ``gradient_noise/snr``. Around 1
+    the training is disturbed a little, at 0.1 a lot; far below 0.1 the steps are nearly all noise, which helps only a
+    model that doesn't learn otherwise, such as one whose weights start at zero. If the loss doesn't fall there, take an
+    η a hundred times smaller, or ``relative=True``, which fixes the ratio. A warning says so once, when the ratio was
+    below 0.02 at 10 logged steps in a row.
 
     It works in automatic and manual optimization, and follows optimizers that are made anew during a fit. The noise has
     a random stream of its own: it is a function of the seed, the optimizer's index, the parameter's name and t, so all

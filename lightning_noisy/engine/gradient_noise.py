@@ -121,8 +121,6 @@ class GradientNoiseHandle:
         inner = base_optimizer(optimizer)
         self._zero = None if inner is None else optimizer
         optimizer = optimizer if inner is None else inner
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
         optimizer = stepping_optimizer(optimizer)
         check_schedule("schedule", schedule)
         if params is not None and not callable(params):

@@ -13,28 +13,34 @@ from torch.optim import Optimizer
 __all__ = ["StepHooks", "stepping_optimizer"]
 
 
-def stepping_optimizer(optimizer: Optimizer) -> Optimizer:
+def stepping_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer that updates the parameters: the one inside, if ``optimizer`` is a wrapper around another.
 
     A wrapper may step under other names (the ``first_step`` and ``second_step`` of SAM), at some calls only
-    (accelerate's ``AcceleratedOptimizer``), or without hooks (timm's ``Lookahead`` calls no ``super().__init__``). What
-    it holds is the optimizer inside if it is the only one, and has the same parameters.
+    (accelerate's ``AcceleratedOptimizer``), without hooks (timm's ``Lookahead`` calls no ``super().__init__``), or be
+    no torch optimizer. What it holds is the optimizer inside if it is the only one, and has the same parameters.
+
+    Raises:
+        TypeError: if ``optimizer`` neither is nor holds a torch optimizer.
     """
-    return _inside(optimizer, set())
+    found = _inside(optimizer, [])
+    if not isinstance(found, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, or hold one, got {optimizer!r}.")
+    return found
 
 
-def _inside(optimizer: Optimizer, seen: set[Optimizer]) -> Optimizer:
-    seen = {*seen, optimizer}
-    held = {each for each in vars(optimizer).values() if isinstance(each, Optimizer)} - seen
+def _inside(optimizer: Any, seen: list[Any]) -> Any:
+    seen = [*seen, optimizer]
+    held = [each for each in getattr(optimizer, "__dict__", {}).values() if isinstance(each, Optimizer)]
     # By what is inside of them: LightningOptimizer also has the attributes of what it wraps.
-    found = {_inside(each, seen) for each in held}
+    found = {_inside(each, seen) for each in held if all(each is not other for other in seen)}
     if len(found) == 1 and _parameters(*found) == _parameters(optimizer):
         return found.pop()
     return optimizer
 
 
-def _parameters(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _parameters(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
 
 
 class StepHooks:

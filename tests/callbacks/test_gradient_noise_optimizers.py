@@ -242,10 +242,10 @@ class Confident(Flat):
         return self.ratio * self.w.sum()
 
 
-@pytest.mark.parametrize(("ratio", "count", "warned"), [(0.005, 20, 1), (0.005, 60, 1), (0.005, 19, 0), (0.05, 60, 0)])
+@pytest.mark.parametrize(("ratio", "count", "warned"), [(0.005, 10, 1), (0.005, 60, 1), (0.005, 9, 0), (0.05, 60, 0)])
 def test_gradient_noise_warns_once_when_there_is_next_to_nothing_but_noise(recwarn, monkeypatch, ratio, count, warned):
-    assert (gradient_noise._LOW_SNR, gradient_noise._LOW_SNR_STEPS) == (0.01, 20)
-    assert "was below 0.01 at 20 logged steps in a row" in " ".join(GradientNoise.__doc__.split())
+    assert (gradient_noise._LOW_SNR, gradient_noise._LOW_SNR_STEPS) == (0.02, 10)
+    assert "was below 0.02 at 10 logged steps in a row" in " ".join(GradientNoise.__doc__.split())
     model = Confident(1000)
     model.ratio = ratio
     fit(model, [GradientNoise(eta=1.0, gamma=0, seed=0)], batches(count))

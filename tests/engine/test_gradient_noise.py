@@ -297,7 +297,7 @@ def test_two_noises_on_one_optimizer_must_differ():
 
 def test_bad_arguments_are_refused_with_the_reason():
     _, optimizer = zero_gradient_sgd(10)
-    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got 1"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, or hold one, got 1"):
         add_gradient_noise(1, Constant(1.0))
     with pytest.raises(TypeError, match="schedule must be callable"):
         add_gradient_noise(optimizer, 0.1)

@@ -50,6 +50,20 @@ class Accelerated(torch.optim.Optimizer):
             self.optimizer.step(closure)
 
 
+class Plain:
+    """In the manner of schedule-free's wrapper: no torch optimizer, but used as one."""
+
+    def __init__(self, base):
+        self.base = base
+
+    @property
+    def param_groups(self):
+        return self.base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
 class SharpnessAware(torch.optim.Optimizer):
     """In the manner of SAM: two steps by other names, the second of which is the update."""
 
@@ -106,8 +120,12 @@ def expected_noise(steps=1, **options):
 
 @pytest.mark.parametrize(
     "wrap",
-    [Averaging, lambda base: PostLocalSGDOptimizer(base, SimpleNamespace(average_parameters=lambda params: None))],
-    ids=["averaging", "post-local-sgd"],
+    [
+        Averaging,
+        Plain,
+        lambda base: PostLocalSGDOptimizer(base, SimpleNamespace(average_parameters=lambda params: None)),
+    ],
+    ids=["averaging", "plain", "post-local-sgd"],
 )
 @pytest.mark.parametrize("with_scheduler", [False, True])
 def test_noise_reaches_the_first_step_of_a_wrapper_without_super_init(wrap, with_scheduler):
