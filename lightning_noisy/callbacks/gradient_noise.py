@@ -21,26 +21,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
+from lightning_noisy.callbacks._noise_watch import NoiseWatch
 from lightning_noisy.engine.gradient_noise import (
     GradientNoiseHandle,
     ParameterFilter,
     add_gradient_noise,
     checked_state,
 )
-from lightning_noisy.engine.noise_plan import total_norm
+from lightning_noisy.engine.norms import total_norm
 from lightning_noisy.functional.gaussian import plain
 from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule, check_schedule
 
 __all__ = ["GradientNoise"]
 
 _ETA, _GAMMA = 0.01, 0.55
-
-# A warning says so when at so many logged steps in a row the signal-to-noise ratio was below.
-_LOW_SNR = 0.02
-_LOW_SNR_STEPS = 10
-
-# After so many batches, at the next logged step, an optimizer without a step is named.
-_UNSEEN_BATCHES = 10
 
 
 class GradientNoise(pl.Callback):
@@ -156,12 +150,7 @@ class GradientNoise(pl.Callback):
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
         self._norms_before: dict[Any, Tensor] = {}  # of the batch, by optimizer
-        self._batches = 0
-        self._stepped: set[Any] = set()  # optimizers that Lightning let step, and those whose gradients got noise
-        self._seen: set[Any] = set()
-        self._is_checked = False  # whether they are the same
-        self._low_snr = 0  # logged steps in a row
-        self._has_warned = False  # of them
+        self._watch = NoiseWatch()
 
     @property
     def state_key(self) -> str:
@@ -282,7 +271,7 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the norm before clipping."""
-        self._stepped.add(optimizer)
+        self._watch.stepped.add(optimizer)
         if not pl_module.automatic_optimization:
             return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -301,7 +290,7 @@ class GradientNoise(pl.Callback):
         for index, (optimizer, handle) in enumerate(self._handles.items()):
             suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
             if handle.std is not None:
-                self._seen.add(optimizer)
+                self._watch.noisy.add(optimizer)
                 scalars[f"gradient_noise/std{suffix}"] = handle.std
             if optimizer in self._norms_before:
                 norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[optimizer]
@@ -311,54 +300,22 @@ class GradientNoise(pl.Callback):
                     norms[f"gradient_noise/snr{suffix}"] = handle.grad_norm / handle.noise_norm
         if self.prog_bar:
             pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
-        self._batches += 1
         step = logging_step(trainer)
-        if step is None:
-            return
-        if self._batches >= _UNSEEN_BATCHES:
-            self._check_steps(pl_module)
-        if not scalars:
+        self._watch.end_batch(pl_module, self._handles, is_logged=step is not None)
+        if step is None or not scalars:
             return
         if norms:
             device = next(iter(norms.values())).device
             numbers = torch.stack([norm.to(device) for norm in norms.values()]).tolist()  # the one host sync
             scalars.update(zip(norms, numbers, strict=True))
         log_scalars(trainer, scalars, step)
-        self._check_snr([value for tag, value in scalars.items() if tag.startswith("gradient_noise/snr")])
-
-    def _check_steps(self, pl_module: pl.LightningModule) -> None:
-        """Once: warn of optimizers that were to step, and of whose steps nothing was seen."""
-        if self._is_checked or not self._batches:
-            return
-        self._is_checked = True
-        # In manual optimization also of those whose steps Lightning doesn't see, if there is no other.
-        none = not (self._stepped or self._seen or pl_module.automatic_optimization)
-        for index, optimizer in enumerate(self._handles):
-            if optimizer not in self._seen and (none or optimizer in self._stepped) and optimizer.param_groups:
-                rank_zero_warn(
-                    f"GradientNoise saw no gradient in the steps of optimizer {index} ({type(optimizer).__name__}) in"
-                    f" {self._batches} batches, and added no noise: either there was none, or what updates the"
-                    " parameters is no method `step` of a torch optimizer."
-                )
-
-    def _check_snr(self, ratios: list[float]) -> None:
-        """Once: warn if there is next to nothing but noise."""
-        if not ratios:
-            return
-        self._low_snr = self._low_snr + 1 if min(ratios) < _LOW_SNR else 0
-        if self._low_snr == _LOW_SNR_STEPS and not self._has_warned:
-            self._has_warned = True
-            smaller = f"eta={self.schedule.eta / 100:g}" if isinstance(self.schedule, InverseDecay) else "a smaller one"
-            rank_zero_warn(
-                f"gradient_noise/snr was below {_LOW_SNR} at {_LOW_SNR_STEPS} logged steps in a row, now"
-                f" {min(ratios):.1g}: the steps are nearly all noise. If the loss doesn't fall, replace"
-                f" {self.schedule!r} by {smaller}, or use relative=True."
-            )
+        ratios = [value for tag, value in scalars.items() if tag.startswith("gradient_noise/snr")]
+        self._watch.check_ratios(ratios, self.schedule)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # else the first steps may have overflowed
-            self._check_steps(pl_module)
+            self._watch.check_steps(pl_module, self._handles)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

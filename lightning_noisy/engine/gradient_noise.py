@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments, parameters, whole_shape
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.names import parameter_names, strip_wrappers, unwrapped
-from lightning_noisy.engine.noise_plan import Mark, NoisePlan, total_norm, unchanged, wide_norm
+from lightning_noisy.engine.noise_plan import Mark, NoisePlan, unchanged
+from lightning_noisy.engine.norms import total_norm, wide_norm
 from lightning_noisy.engine.step_hooks import StepHooks, stepping_optimizer
 from lightning_noisy.functional.gaussian import plain
 from lightning_noisy.schedules import HorizonSchedule, Schedule, check_schedule

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress
-from math import inf, prod, sqrt
+from math import prod, sqrt
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lightning_noisy.engine.deepspeed import Fragment
 from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
-__all__ = ["Mark", "NoisePlan", "total_norm", "unchanged", "wide_norm"]
+__all__ = ["Mark", "NoisePlan", "unchanged"]
 
 Parameter = nn.Parameter | Fragment
 
@@ -180,50 +180,6 @@ def unchanged(marks: list[Mark]) -> bool:
         (gradient := then()) is not None and parameter.grad is gradient and gradient._version == version
         for parameter, then, version in marks
     )
-
-
-def total_norm(gradients: list[Tensor], *, unit: float = 1.0) -> Tensor:
-    """The 2-norm of all gradients together, whole ones and shards: a 0-dimensional float32 tensor, on all ranks.
-
-    Args:
-        gradients: of any dtype and layout.
-        unit: what to divide elements by before they are squared, > 0.
-    """
-    groups: dict[object, list[Tensor]] = {}
-    norms = []
-    for gradient in gradients:
-        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if unit != 1 or dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
-            parts = (dense,)
-            if not isinstance(dense, DTensor):  # little memory
-                ordered = dense.permute(sorted(range(dense.dim()), key=dense.stride().__getitem__, reverse=True))
-                parts = ordered.view(-1).split(_MOST_AT_ONCE) if ordered.is_contiguous() else parts
-            wide = [p.float() if dense.dtype.itemsize == 2 else p for p in parts]
-            norms.append(torch.nn.utils.get_total_norm([torch.nn.utils.get_total_norm([p / unit]) for p in wide]))
-            continue
-        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
-        groups.setdefault(kind, []).append(dense)
-    norms += [torch.nn.utils.get_total_norm(group) for group in groups.values()]
-    reduced = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not reduced:
-        return torch.zeros(())
-    norm: Tensor = torch.stack([part.to(reduced[0].device, torch.float32) for part in reduced]).norm()
-    return norm
-
-
-def wide_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm as of :func:`total_norm`, also where squares of the elements are beyond float32 or below it."""
-    norm = float(total_norm(gradients))
-    if 1e-15 < norm < 1e18 or not gradients:
-        return norm
-    largest = 0.0
-    for gradient in gradients:
-        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if not dense.numel():
-            continue
-        most = torch.nn.utils.get_total_norm([dense], norm_type=float("inf"))
-        largest = max(largest, float(most.full_tensor() if isinstance(most, DTensor) else most))
-    return float(total_norm(gradients, unit=largest)) * largest if 0 < largest < inf else norm
 
 
 def _pointer(tensor: Tensor) -> int:

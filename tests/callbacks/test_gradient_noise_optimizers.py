@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_noisy import GradientNoise
-from lightning_noisy.callbacks import gradient_noise
+from lightning_noisy.callbacks._noise_watch import LOW_RATIO, LOW_STEPS
 from lightning_noisy.schedules import Constant
 
 
@@ -243,8 +243,8 @@ class Confident(Flat):
 
 
 @pytest.mark.parametrize(("ratio", "count", "warned"), [(0.005, 10, 1), (0.005, 60, 1), (0.005, 9, 0), (0.05, 60, 0)])
-def test_gradient_noise_warns_once_when_there_is_next_to_nothing_but_noise(recwarn, monkeypatch, ratio, count, warned):
-    assert (gradient_noise._LOW_SNR, gradient_noise._LOW_SNR_STEPS) == (0.02, 10)
+def test_gradient_noise_warns_once_when_there_is_next_to_nothing_but_noise(recwarn, ratio, count, warned):
+    assert (LOW_RATIO, LOW_STEPS) == (0.02, 10)
     assert "was below 0.02 at 10 logged steps in a row" in " ".join(GradientNoise.__doc__.split())
     model = Confident(1000)
     model.ratio = ratio

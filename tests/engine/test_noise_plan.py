@@ -1,5 +1,6 @@
 """The fast path against the readable one: `add_gaussian_`, a tensor at a time."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -10,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_noisy.engine.noise_plan import NoisePlan, _Batch, _most_at_once, _strides, _windows, total_norm
+from lightning_noisy.engine.noise_plan import NoisePlan, _Batch, _most_at_once, _strides, _windows
+from lightning_noisy.engine.norms import total_norm
 from lightning_noisy.functional.gaussian import add_gaussian_, stream_key, substream
 
 pytestmark = pytest.mark.usefixtures("any_kernel")
@@ -225,8 +227,11 @@ def test_windows_are_the_shards_numbers(shape, offset, size, start):
         ((2, 2), [Replicate(), Shard(1)]),
     ],
 )
-def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype):
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype, padded):
     whole = reference("w", torch.zeros(50, 41, dtype=dtype), 1.0)
+    if padded:
+        whole[17] = 0
     for rank in range(prod(mesh)):
         torch.distributed.init_process_group("fake", rank=rank, world_size=prod(mesh), store=FakeStore())
         try:
@@ -238,10 +243,24 @@ def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype):
             )
             parameter = nn.Parameter(value)
             parameter.grad = gradient
-            NoisePlan({"w": parameter}).add_noise([1.0], ("s",), 0)
+            padding = {parameter: (17 * 41, 41)} if padded else {}
+            NoisePlan({"w": parameter}, padding=padding).add_noise([1.0], ("s",), 0)
             assert torch.equal(gradient.to_local(), expected.to_local())
         finally:
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("cuts", [[0, 700, 720, 2050], [0, 697, 738, 2050], [0, 100, 200, 2050]])
+def test_a_padding_row_stays_clean_in_flat_shards(cuts):
+    whole = reference("w", torch.zeros(50, 41), 1.0)
+    whole[17] = 0  # elements 697 to 737
+    parts = []
+    for start, end in pairwise(cuts):
+        shard = nn.Parameter(torch.zeros(end - start))
+        shard.grad = torch.zeros_like(shard)
+        NoisePlan({"w": shard}, shards={shard: start}, padding={shard: (697, 41)}).add_noise([1.0], ("s",), 0)
+        parts.append(shard.grad)
+    assert torch.equal(torch.cat(parts), whole.flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
