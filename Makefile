@@ -1,6 +1,8 @@
 # make demo    the quickstart: two networks that don't train, and what gets them going
 # make test    the tests
 # make check   format, lint, types, tests and a wheel that imports elsewhere
+# make compat  the tests but the slow ones on every Python found and on the oldest torch and lightning, and a table of it.
+#              PYTHONS="3.10 3.13" chooses, VERSIONS=oldest or newest too; ALL=1 takes the slow tests, too
 #
 # Each makes what it needs in .venv. PYTHON=... chooses the interpreter, ARGS=... adds arguments.
 
@@ -10,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast check format lint types wheel clean
+.PHONY: demo test test-fast check format lint types wheel compat clean
 
 demo: $(VENV)/.examples
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -41,8 +43,11 @@ wheel: $(VENV)/.dev
 	home = pathlib.Path(l.__file__).parent; assert str(home).startswith('$$out'), home; \
 	assert (home / 'py.typed').exists() and (home / 'functional/gaussian.c').exists(); print('wheel imports:', l.__version__)"
 
+compat:
+	$(PYTHON) .ci/compat.py --pythons='$(PYTHONS)' --versions=$(or $(VERSIONS),both) --pytest='$(ARGS)' $(if $(ALL),--all)
+
 clean:
-	rm -rf $(VENV) build dist quickstart_logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat build dist quickstart_logs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,6 +1,8 @@
-import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
+from helpers import HAS_COMPILER
 
 from lightning_noisy.functional.gaussian import _kernel, kernel
 
@@ -11,9 +13,10 @@ def any_kernel(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", "0")
         _kernel.cache_clear()
-    elif kernel() is None and shutil.which("cc") is None:
+    elif not HAS_COMPILER:
         pytest.skip("there is no C compiler")
     assert (kernel() is None) == (request.param == "torch")
     yield
     monkeypatch.undo()
-    _kernel.cache_clear()
+        _kernel.cache_clear()
+    elif not HAS_COMPILER:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import (
     STORE_EVERYTHING_SIZE_GUIDANCE,
     EventAccumulator,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+import lightning_noisy
+
+# Tests that set $CC name cc; the others take what the package takes.
+HAS_COMPILER = all(shutil.which(name) for name in ("cc", shlex.split(os.environ.get("CC", "") or "cc")[0]))
 
 
 class SpySGD(torch.optim.SGD):
@@ -90,12 +99,25 @@ def scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 def run_processes(script: Path, processes: int, *arguments: str) -> None:
     """Run a script of this folder in several processes that form a group; fail with what they said if they fail."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = Path(__file__).parent, Path(lightning_noisy.__file__).parents[1]  # the package that is tested here
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     environment.pop("PL_GLOBAL_SEED", None)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(script), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that several tests read: the first worker that asks for it fills it, and others wait for that."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            own = factory.mktemp(name)
+            fill(own)
+            own.rename(folder)
+    return folder
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:

@@ -4,32 +4,27 @@ The source is read, and not run; it counts only where it is that of the running 
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import builtins
 import copy
-import dis
-import functools
 import inspect
-import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_noisy.engine.source import UnreadError, source_of
 from lightning_noisy.nn import registry
 
-__all__ = ["Call", "InPlace", "UnreadError", "calls_of", "own_class", "plain_module"]
+__all__ = ["Call", "InPlace", "calls_of", "own_class", "plain_module"]
 NAME = "activation_calls"  # of the child with the modules
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
-_FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 # Functions that torch has for its activation modules, with their names and whether they work in place.
 FUNCTIONS: dict[object, tuple[str, bool]] = {
     getattr(space, name + suffix): (name, bool(suffix))
@@ -55,7 +50,7 @@ class Call:
 
     Attributes:
         method: name of the method that it is in.
-        position: first line and column, last line and column, in the method's source.
+        position: first line and column, last line and column; lines are counted from the method's first.
         key: ``"relu#0"`` for the first call of a ReLU; the child's name for the use of a child, ``"relu"``, and
             ``"relu#2"`` for its second use.
         kind: ``"function"``, ``"method"``, ``"inline"`` or ``"module"``.
@@ -73,66 +68,6 @@ class Call:
     in_loop: bool
     child: str | None = None
     plain: nn.Module | None = field(default=None, compare=False)
-
-
-class UnreadError(Exception):
-    """Says why a method's source can't be used."""
-
-
-@functools.cache
-def source_of(function: FunctionType) -> tuple[ast.FunctionDef, int]:
-    """The definition of a function, and the number of its first line."""
-    try:
-        lines, first = inspect.getsourcelines(function.__code__)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError, TypeError) as error:
-        raise UnreadError(f"there is no source to read ({error})") from None
-    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
-        raise UnreadError("it is no plain method")
-    code = compiled_method(tree.body[0], function, first)
-    if not _same(code, function.__code__):
-        raise UnreadError("its source has changed since it was imported, or is another one")
-    return tree.body[0], first
-
-
-def compiled_method(tree: ast.FunctionDef, function: FunctionType, first: int) -> CodeType:
-    """Compile a method's definition as it was in its class."""
-    tree = copy.deepcopy(tree)
-    tree.decorator_list = []
-    # Inside a class of that name private names are mangled as they were; the outer function has its free variables.
-    name = function.__qualname__.split(".")[-2] if "." in function.__qualname__ else ""
-    body: ast.stmt = tree
-    if name.isidentifier():
-        body = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[])
-        if "type_params" in ast.ClassDef._fields:
-            body.type_params = []  # type: ignore[attr-defined]
-    outer = ast.parse(f"def outer({', '.join(n for n in function.__code__.co_freevars if n != '__class__')}): pass")
-    cast(ast.FunctionDef, outer.body[0]).body = [body]
-    ast.increment_lineno(ast.fix_missing_locations(outer), first - 1)
-    flags = function.__code__.co_flags & _FUTURE
-    compiled = compile(outer, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
-    return next(code for code in _codes(compiled) if code.co_name == function.__name__)
-
-
-def _same(one: CodeType, other: CodeType) -> bool:
-    """Whether two codes do the same. Lines may differ, and how a call finds its function, which depends on imports."""
-    inside = [[each for each in code.co_consts if isinstance(each, CodeType)] for code in (one, other)]
-    return (
-        _steps(one) == _steps(other)
-        and len(inside[0]) == len(inside[1])
-        and all(_same(*pair) for pair in zip(*inside, strict=True))
-    )
-
-
-def _steps(code: CodeType) -> list[tuple[str, str]]:
-    steps = []
-    for each in dis.get_instructions(code):
-        name = each.opname.replace("LOAD_METHOD", "LOAD_ATTR")
-        if name in ("PUSH_NULL", "NOP", "EXTENDED_ARG", "RESUME", "CACHE"):
-            continue
-        told = "" if "JUMP" in name or name == "FOR_ITER" or isinstance(each.argval, CodeType) else each.argrepr
-        steps.append((name.replace("CALL_METHOD", "CALL_FUNCTION"), re.sub(r"^NULL.*\+ | \+ NULL.*$", "", told)))
-    return steps
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -210,7 +145,8 @@ class _Reader(ast.NodeVisitor):
         self.owner, self.function, self.name, self.counts = owner, function, name, counts
         self.self_name = function.__code__.co_varnames[0]
         # Also of the functions inside: a name that is a variable anywhere is not taken for a global one.
-        nodes = list(ast.walk(source_of(function)[0]))
+        tree, self.first = source_of(function)
+        nodes = list(ast.walk(tree))
         self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
         self.local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         self.local |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
@@ -364,7 +300,7 @@ class _Reader(ast.NodeVisitor):
 
     def _add(self, node: ast.Call, key: str, kind: str, function: str, **more: Any) -> None:
         self.taken |= {node.func, node.func.func} if isinstance(node.func, ast.Call) else {node.func}
-        self.calls.append(Call(self.name, position_of(node), key, kind, function, self.loops > 0, **more))
+        self.calls.append(Call(self.name, position_of(node, self.first), key, kind, function, self.loops > 0, **more))
 
     def _resolve(self, node: ast.expr) -> Any:
         """What an expression of names and attributes stands for, if that is no local variable."""
@@ -440,12 +376,7 @@ def _attribute_of(node: ast.expr, name: str) -> str | None:
     return cast(ast.Attribute, node).attr if is_own else None
 
 
-def position_of(node: ast.Call) -> Position:
-    return node.lineno, node.col_offset, cast(int, node.end_lineno), cast(int, node.end_col_offset)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield constant
-            yield from _codes(constant)
+def position_of(node: ast.Call, first: int) -> Position:
+    """The position of a call in a method whose first line has this number."""
+    last = cast(int, node.end_lineno), cast(int, node.end_col_offset)
+    return node.lineno - first, node.col_offset, last[0] - first, last[1]

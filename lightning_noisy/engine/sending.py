@@ -8,7 +8,6 @@ that makes it: checkpointing repeats it, compilers see it, and nothing is interc
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -23,14 +22,12 @@ from lightning_noisy.engine.calls import (
     NAME,
     Call,
     Position,
-    UnreadError,
-    compiled_method,
     is_set,
     method_of,
     own_class,
     position_of,
-    source_of,
 )
+from lightning_noisy.engine.source import UnreadError, rewritten
 from lightning_noisy.nn.recomputing import is_recomputing
 
 __all__ = ["CallSites", "send_calls"]
@@ -159,12 +156,12 @@ class _WrittenBase:
 
 
 class _Writer(ast.NodeTransformer):
-    def __init__(self, self_name: str, here: dict[Position, Any]) -> None:
-        self.self_name, self.here = self_name, here
+    def __init__(self, self_name: str, first: int, here: dict[Position, Any]) -> None:
+        self.self_name, self.first, self.here = self_name, first, here
         self.used: set[Position] = set()
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        position = position_of(node)
+        position = position_of(node, self.first)
         node = cast(ast.Call, self.generic_visit(node))
         if position not in self.here:
             return node
@@ -187,20 +184,20 @@ class _Writer(ast.NodeTransformer):
 
 def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
     """A method with its calls sent."""
-    tree, first = source_of(function)
     self_name = function.__code__.co_varnames[0]
-    writer = _Writer(self_name, here)
-    tree = cast(ast.FunctionDef, writer.visit(copy.deepcopy(tree)))
-    if writer.used != set(here):
-        raise UnreadError("its source is not the one that its calls were found in")
-    if restart:
-        begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
-        docstring = ast.get_docstring(tree, clean=False) is not None
-        tree.body.insert(int(docstring), begin)
-    code = compiled_method(tree, function, first)
+
+    def change(tree: ast.FunctionDef, first: int) -> None:
+        writer = _Writer(self_name, first, here)
+        writer.visit(tree)
+        if writer.used != set(here):
+            raise UnreadError("its source is not the one that its calls were found in")
+        if restart:
+            begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
+            docstring = ast.get_docstring(tree, clean=False) is not None
+            tree.body.insert(int(docstring), begin)
+
+    code = rewritten(function, change)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if missing := set(code.co_freevars) - set(cells):
-        raise UnreadError(f"the variables {', '.join(sorted(missing))} can't be found")
     closure = tuple(cells[key] for key in code.co_freevars)
     written = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     return cast(FunctionType, functools.update_wrapper(_with_kwdefaults(written, function), function, updated=()))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_noisy.functional.gaussian import Key, draw_
-from lightning_noisy.functional.moments import Moments
 
 __all__ = ["Kernel", "OutputNoise", "flat", "gradients", "kernel_of", "moments", "normalize", "rescale_", "takes"]
 
@@ -135,7 +134,7 @@ def _sample_blocks(x: Tensor, stride: int) -> Iterator[tuple[Tensor]]:
         yield (sample[start : start + rows].reshape(-1),)
 
 
-def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int = 1) -> Moments[float]:
+def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int = 1) -> tuple[float, ...]:
     """Return the moments that normalization needs, and write the values into ``y`` if it is given.
 
     Args:
@@ -145,7 +144,7 @@ def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int =
         stride: without ``y``: take every ``stride``-th sample (dimension 0).
 
     Returns:
-        The moments over all elements, or over those taken.
+        The moments over all elements, or over those taken, in the order of ``Moments``.
     """
     parts = _sample_blocks(x, stride) if y is None else _blocks(x, y)
     count, origin_x, origin_y = 0, 0.0, 0.0
@@ -171,7 +170,7 @@ def moments(kernel: Kernel, x: Tensor, y: Tensor | None = None, *, stride: int =
         sums[4] += float(torch.dot(slope, slope))
     first_x, second_x, first_y, second_y, slopes = (total / count for total in sums)
     var_x, var_y = second_x - first_x * first_x, second_y - first_y * first_y
-    return Moments(origin_x + first_x, var_x, origin_y + first_y, var_y, slopes)
+    return origin_x + first_x, var_x, origin_y + first_y, var_y, slopes
 
 
 def rescale_(y: Tensor, scale: float, shift: float) -> None:

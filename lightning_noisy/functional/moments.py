@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["Moments", "moments", "pooled", "sums"]
 
-_Number = TypeVar("_Number", Tensor, float)
 
-
-class Moments(NamedTuple, Generic[_Number]):
+class Moments(NamedTuple):
     """Population moments of inputs x and values δ(x).
 
     Attributes:
@@ -24,14 +22,14 @@ class Moments(NamedTuple, Generic[_Number]):
         rho_prime: E[δ′²].
     """
 
-    mean_x: _Number
-    var_x: _Number
-    mean_y: _Number
-    var_y: _Number
-    rho_prime: _Number
+    mean_x: Tensor
+    var_x: Tensor
+    mean_y: Tensor
+    var_y: Tensor
+    rho_prime: Tensor
 
 
-def moments(x: Tensor, y: Tensor, derivative: Tensor, dims: Sequence[int] | None = None) -> Moments[Tensor]:
+def moments(x: Tensor, y: Tensor, derivative: Tensor, dims: Sequence[int] | None = None) -> Moments:
     """Moments over all elements, or over some dimensions.
 
     Args:
@@ -53,7 +51,7 @@ def moments(x: Tensor, y: Tensor, derivative: Tensor, dims: Sequence[int] | None
     return Moments(mean_x, var_x, mean_y, var_y, derivative.square().mean(over, keepdim=dims is not None))
 
 
-def sums(count: int, found: Moments[Tensor], *, dtype: torch.dtype) -> Tensor:
+def sums(count: int, found: Moments, *, dtype: torch.dtype) -> Tensor:
     """Moments as what can be added up: the number of elements and the sums of x, x², δ, δ² and δ′².
 
     Args:
@@ -70,7 +68,7 @@ def sums(count: int, found: Moments[Tensor], *, dtype: torch.dtype) -> Tensor:
     return torch.where(result.isfinite().all(), result, torch.zeros_like(result))
 
 
-def pooled(added: Tensor) -> Moments[Tensor]:
+def pooled(added: Tensor) -> Moments:
     """The moments of all elements that went into the sum of several :func:`sums`; NaN if there were none.
 
     >>> x, y = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0, 8.0])

@@ -238,7 +238,7 @@ class NormalizedActivation(nn.Module):
             mean, rho, rho_prime = self._use(found, sample.numel())
         return normalize_output(y, self._scale(rho, rho_prime), mean)
 
-    def _use(self, found: Moments[Tensor], count: int) -> tuple[Tensor, ...]:
+    def _use(self, found: Moments, count: int) -> tuple[Tensor, ...]:
         """Track the moments of ``count`` elements; return the μ, ρ and ρ′ to normalize with."""
         batch = tuple(value.to(self.running_mean.dtype) for value in _gains(found))
         usable = _usable(*batch)
@@ -294,10 +294,10 @@ class NormalizedActivation(nn.Module):
         self.num_rejected.copy_(torch.where(usable, in_a_row, self.num_rejected))
         self.num_batches_tracked.add_(usable)
 
-    def _update_on_cpu(self, found: Moments[float]) -> None:
+    def _update_on_cpu(self, found: tuple[float, ...]) -> None:
         """The same by Python's numbers, which take a tenth of the time of small tensors."""
-        batch_mean, batch_rho_prime = found.mean_y, found.rho_prime
-        batch_rho = found.var_y / found.var_x if found.var_x > 0 else math.nan
+        _, var_x, batch_mean, var_y, batch_rho_prime = found
+        batch_rho = var_y / var_x if var_x > 0 else math.nan
         if not (batch_rho > _SMALLEST_GAIN and batch_rho_prime > _SMALLEST_GAIN):
             return
         if not abs(batch_mean) + batch_rho + batch_rho_prime < torch.finfo(torch.float32).max:  # else, or NaN
@@ -353,7 +353,7 @@ class NormalizedActivation(nn.Module):
         return ", ".join(function + options + (["inplace=True"] if self.inplace else []))
 
 
-def _gains(found: Moments[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _gains(found: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """μ, ρ and ρ′."""
     return found.mean_y, found.var_y / found.var_x, found.rho_prime
 

@@ -1,4 +1,4 @@
-"""What each process of test_sharded.py does: it is started by `torch.distributed.run`, with a folder and a case."""
+"""What each process of test_sharded.py does: it is started by `torch.distributed.run`, with a folder and cases."""
 
 from __future__ import annotations
 
@@ -112,16 +112,17 @@ def run_lightning(out: Path, case: str) -> None:
         torch.save({"kinds": kinds, "state": state}, out / f"{case}.pt")
 
 
-def main(out: Path, case: str) -> None:
+def main(out: Path, cases: list[str]) -> None:
     warnings.simplefilter("ignore")
-    if case == "fsdp1":
-        run_fsdp1(out)
-    else:
-        run_lightning(out, case)
+    for case in cases:
+        if case == "fsdp1":
+            run_fsdp1(out)
+        else:
+            run_lightning(out, case)
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort a process that takes its interpreter down
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

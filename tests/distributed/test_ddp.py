@@ -5,19 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import loader, quiet_trainer, run_processes, scalars
+from helpers import loader, quiet_trainer, run_processes, scalars, shared_folder
 
 from lightning_noisy import GradientNoise
 from lightning_noisy.nn import NSwish
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    run_processes(HERE / "ddp_runs.py", 2, str(folder))
-    return folder
+    return shared_folder(tmp_path_factory, "ddp", lambda out: run_processes(HERE / "ddp_runs.py", 2, str(out)))
 
 
 def states(out, name):
@@ -37,7 +36,6 @@ def runs(monkeypatch):
     return ddp_runs
 
 
-@pytest.mark.slow
 def test_ranks_add_the_noise_of_one_process_whatever_their_random_state(out, runs):
     first, second = states(out, "zero")
     model = runs.zero_model()
@@ -47,7 +45,6 @@ def test_ranks_add_the_noise_of_one_process_whatever_their_random_state(out, run
     assert first["net.weight"].count_nonzero() == 24
 
 
-@pytest.mark.slow
 def test_ranks_share_a_seed_that_is_drawn(out):
     assert equal(*states(out, "unseeded"))
     seeds = [torch.load(out / f"drawn-{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -55,13 +52,11 @@ def test_ranks_share_a_seed_that_is_drawn(out):
     assert not equal(states(out, "unseeded")[0], states(out, "zero")[0])
 
 
-@pytest.mark.slow
 def test_ranks_that_are_seeded_differently_add_the_same_noise(out):
     assert equal(*states(out, "ranked"))
     assert states(out, "ranked")[0]["net.weight"].any()
 
 
-@pytest.mark.slow
 def test_swapped_model_has_equal_parameters_on_all_ranks(out):
     first, second = states(out, "swap")
     parameters = [name for name in first if "running" not in name and "num_" not in name]
@@ -69,7 +64,6 @@ def test_swapped_model_has_equal_parameters_on_all_ranks(out):
     assert first["net.1.alpha"] != 0
 
 
-@pytest.mark.slow
 def test_synchronized_statistics_are_those_of_one_process_with_all_data(out, runs):
     first, second = states(out, "pooled")
     assert equal(first, second)
@@ -81,7 +75,6 @@ def test_synchronized_statistics_are_those_of_one_process_with_all_data(out, run
         torch.testing.assert_close(first[f"net.1.{name}"], value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_monitor_pools_unequal_ranks_like_one_process(out, runs):
     h = np.concatenate([x.double().numpy().ravel() for rank in (0, 1) for x, _ in runs.batches_of(rank)])
     slope = 1 - np.tanh(h) ** 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import loader, quiet_trainer, run_processes
+from helpers import loader, quiet_trainer, run_processes, shared_folder
 from torch import nn
 
 from lightning_noisy import GradientNoise, add_gradient_noise
@@ -12,12 +12,21 @@ from lightning_noisy.schedules import InverseDecay
 
 HERE = Path(__file__).parent
 OLD_TORCH = torch.__version__.startswith("2.6.")
+pytestmark = pytest.mark.slow
 needs_fsdp2_on_cpu = pytest.mark.skipif(OLD_TORCH, reason="torch 2.6 runs FSDP2 on accelerators alone")
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("sharded")
+    """What the runs wrote; those on as many processes run one after the other in the same ones."""
+
+    def fill(folder):
+        script, cases = HERE / "sharded_runs.py", [] if OLD_TORCH else ["even", "uneven", "tensor"]
+        run_processes(script, 2, str(folder), "fsdp1", *cases)
+        if not OLD_TORCH:
+            run_processes(script, 4, str(folder), "mesh")
+
+    return shared_folder(tmp_path_factory, "sharded", fill)
 
 
 @pytest.fixture
@@ -29,11 +38,6 @@ def runs(monkeypatch):
     return sharded_runs
 
 
-def launch(out, case, processes):
-    run_processes(HERE / "sharded_runs.py", processes, str(out), case)
-    return torch.load(out / f"{case}.pt", weights_only=True)
-
-
 def alone(runs, case, *, steps, ckpt_path=None):
     width, *_ = runs.CASES[case]
     model = runs.Sharded(width)
@@ -42,11 +46,10 @@ def alone(runs, case, *, steps, ckpt_path=None):
     return model.state_dict()
 
 
-@pytest.mark.slow
 @needs_fsdp2_on_cpu
-@pytest.mark.parametrize(("case", "processes"), [("even", 2), ("uneven", 2), ("tensor", 2), ("mesh", 4)])
-def test_shards_add_the_noise_of_one_process(out, runs, case, processes):
-    result = launch(out, case, processes)
+@pytest.mark.parametrize("case", ["even", "uneven", "tensor", "mesh"])
+def test_shards_add_the_noise_of_one_process(out, runs, case):
+    result = torch.load(out / f"{case}.pt", weights_only=True)
     expected = alone(runs, case, steps=3)
     assert result["state"].keys() == expected.keys()
     assert result["kinds"]["net.0.weight"] == "DTensor"
@@ -55,9 +58,8 @@ def test_shards_add_the_noise_of_one_process(out, runs, case, processes):
         assert torch.equal(result["state"][name], value), name
 
 
-@pytest.mark.slow
 def test_flat_shards_of_the_first_fsdp_add_the_noise_of_one_process(out):
-    state = launch(out, "fsdp1", 2)["state"]
+    state = torch.load(out / "fsdp1.pt", weights_only=True)["state"]
     # Lightning's names begin with "net.", so the same names are given to the model in this process.
     model = nn.Sequential(nn.Linear(40, 1001), nn.ReLU(), nn.Linear(1001, 60), nn.Linear(60, 1))
     for parameter in model.parameters():
@@ -72,12 +74,9 @@ def test_flat_shards_of_the_first_fsdp_add_the_noise_of_one_process(out):
         assert torch.equal(state[f"net.{name}"], parameter.detach()), name
 
 
-@pytest.mark.slow
 @needs_fsdp2_on_cpu
 @pytest.mark.filterwarnings("ignore:.*world size", "ignore:.*devices")
 def test_noise_of_a_sharded_run_goes_on_in_one_process(out, runs):
-    if not (out / "uneven.ckpt").exists():
-        launch(out, "uneven", 2)
     resumed = alone(runs, "uneven", steps=4, ckpt_path=out / "uneven.ckpt")
     whole = alone(runs, "uneven", steps=4)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -485,7 +485,6 @@ def test_a_forward_of_the_instance_is_named():
         replace_activations(model, "nsw")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripting_a_replaced_model_is_refused():
     model = replace_activations(SqueezeExcite(), "nsw")
     with pytest.raises(RuntimeError, match=r"in which no activation is replaced. Use torch\.export"):

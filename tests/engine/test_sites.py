@@ -160,7 +160,8 @@ def test_what_cannot_be_looked_into_is_named_with_the_reason():
     renamed = activation_sites(Renamed())
     assert renamed.not_seen == ["(root): forward has ReLU, elu other than in a call that can be replaced"]
     code = {}
-    exec("def forward(self, x): return relu(x)", {"relu": torch.relu}, code)
+    source = "def forward(self, x): return relu(x)"
+    exec(compile(source, "<of its own>", "exec"), {"relu": torch.relu}, code)  # Python 3.13 knows "<string>"'s
     hidden = type("Hidden", (nn.Module,), code)
     assert "forward, which mentions relu: there is no source to read" in activation_sites(hidden()).not_seen[0]
 

@@ -1,7 +1,6 @@
 """What happens where the kernel can't be compiled, or isn't what it should be."""
 
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HAS_COMPILER
 
 from lightning_noisy.functional import gaussian, kernel
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
 
 
 @pytest.fixture

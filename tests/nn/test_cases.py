@@ -130,6 +130,7 @@ def test_compiles_once_without_a_break(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore:Skipping serialization")  # torch 2.6
 @pytest.mark.parametrize("name", ["nah", "nsw", "nrelu"])
 def test_compiled_by_inductor_gives_the_same_outputs_and_gradients(name):

@@ -36,6 +36,7 @@ def three_steps(make, wrap):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.skipif(OLD_TORCH, reason="torch 2.6 saves what this recomputes")
 @pytest.mark.parametrize("make", [noisy, NReLU], ids=["nan", "nrelu"])
 @pytest.mark.parametrize("inside", [True, False])

@@ -1,0 +1,127 @@
+"""The source of a function, where it is that of the running code, and its code after a change of the source.
+
+The file is compiled again as Python did when it was imported. That gives the running code, or the file is another one:
+nothing here depends on how a version of Python spells what a code does.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any, cast
+
+__all__ = ["UnreadError", "rewritten", "source_of"]
+_FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+# All that a code does; not on which lines, so that lines may come and go above of it.
+_PARTS = (
+    *("co_name", "co_flags", "co_code", "co_exceptiontable", "co_consts", "co_names"),  # the table: from Python 3.11 on
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_varnames", "co_freevars", "co_cellvars"),
+)
+
+
+class UnreadError(Exception):
+    """Says why a method's source can't be used."""
+
+
+@functools.cache
+def source_of(function: FunctionType) -> tuple[ast.FunctionDef, int]:
+    """The definition of a function, and the number of its first line in the file."""
+    text, first, how = _place_of(function)
+    return _definition(_parse(text, *how), function.__code__.co_name, first), first
+
+
+def rewritten(function: FunctionType, change: Callable[[ast.FunctionDef, int], None]) -> CodeType:
+    """Compile a function in the scopes that it was in, after a change of its definition.
+
+    Args:
+        function: with a source.
+        change: changes the definition, whose first line has this number, in place.
+    """
+    name, (text, first, how) = function.__code__.co_name, _place_of(function)
+    tree = _parse(text, *how)
+    change(_definition(tree, name, first), first)
+    codes = _codes(_compile(ast.fix_missing_locations(tree), *how))
+    return next(code for code in codes if (code.co_name, code.co_firstlineno) == (name, first))
+
+
+@functools.cache
+def _place_of(function: FunctionType) -> tuple[str, int, tuple[str, int]]:
+    """The file's statement that a function is in.
+
+    Returns:
+        Its source at its line; the number of the function's first line; how it is compiled: filename and flags.
+    """
+    running = function.__code__
+    how = running.co_filename, running.co_flags & _FUTURE
+    try:
+        lines, _ = inspect.findsource(running)
+        whole, statements = _read("".join(lines), *how)
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UnreadError(f"there is no source to read ({error})") from None
+
+    def around(line: int) -> str:
+        start, end = next((span for span in statements if span[0] <= line <= span[1]), (1, 0))
+        return "\n" * (start - 1) + "".join(lines[start - 1 : end])
+
+    wanted = _content(running)
+    # Notebooks compile each statement by itself, and Python spells calls by whether it sees the import of their names.
+    for code in (whole, _compile(around(running.co_firstlineno), *how)):
+        same = [each for each in _codes(code) if each.co_name == running.co_name and _content(each) == wanted]
+        if same:
+            first = min((each.co_firstlineno for each in same), key=lambda line: abs(line - running.co_firstlineno))
+            return around(first), first, how
+    raise UnreadError(
+        "its source has changed since it was imported, or its code is not as written (pytest rewrites assert)"
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _read(text: str, filename: str, flags: int) -> tuple[CodeType, list[tuple[int, int]]]:
+    """The code of a file, and the first and last lines of its statements."""
+    spans = [(_first_line(each), each.end_lineno or each.lineno) for each in _parse(text, filename, flags).body]
+    return _compile(text, filename, flags), spans
+
+
+def _compile(source: str | ast.Module, filename: str, flags: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given when the file was imported
+        return compile(source, filename, "exec", flags | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
+
+def _parse(text: str, filename: str, flags: int) -> ast.Module:
+    return cast(ast.Module, _compile(text, filename, flags | ast.PyCF_ONLY_AST))
+
+
+def _definition(tree: ast.Module, name: str, first: int) -> ast.FunctionDef:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == name and _first_line(node) == first:
+            return node
+    raise UnreadError("it is no plain method")
+
+
+def _first_line(node: ast.stmt) -> int:
+    """The number of the first line of a statement, with its decorators."""
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(each.lineno for each in decorators)])
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """All codes inside of a code."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+def _content(value: object) -> object:
+    """What a code or one of its parts is, for comparing it; of constants also the type and the sign of a zero."""
+    if isinstance(value, CodeType):
+        return tuple(_content(getattr(value, part, None)) for part in _PARTS)
+    if isinstance(value, (tuple, frozenset)):
+        return type(value)(map(_content, value))
+    return type(value), repr(value)
