@@ -179,7 +179,7 @@ def restore_activations(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if nothing was replaced in it.
+        ValueError: if nothing was replaced in it, or its normalization was folded.
 
     >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     >>> restore_activations(model)[1]
