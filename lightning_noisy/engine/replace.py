@@ -20,6 +20,7 @@ from lightning_noisy.engine.policy import New, Policy, Replacement, Rule
 from lightning_noisy.engine.record import Record
 from lightning_noisy.engine.sites import ActivationSite, ActivationSites, activation_sites
 from lightning_noisy.engine.snapshot import Snapshot
+from lightning_noisy.engine.untrained import watch
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
@@ -97,7 +98,8 @@ def replace_activations(
         ValueError: if a name or an option is unknown, or the model can't be changed any more.
 
     Warns:
-        UserWarning: if nothing was replaced, or something could not be looked into.
+        UserWarning: if nothing was replaced, something could not be looked into, or a pattern matches no activation;
+            at an optimizer's first steps, if it trains everything but the new parameters, since it was made before.
 
     >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     Sequential(
@@ -134,6 +136,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
     made = {site.name: there[site.name] for site in sites if there.get(site.name) not in (None, site.module)}
     if made:
         _put(inside, sites, made, policy, chosen)
+        watch(inside, made.values())
     for site in sites:
         if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
             folded = (origin := Origin.of(site.module)) is not None and origin.folded
