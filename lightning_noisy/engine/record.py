@@ -104,15 +104,16 @@ class Record:
             what, here = there.get(name), self.sites.get(name)
             if what is None or here is None or what[1] != here[1]:
                 lines.append(f"{name or '(root)'}: {_named(what)} in the checkpoint, {_named(here)} in this model")
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
         if not lines:
             return ""
-        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
-        return (
-            "The activations were replaced otherwise where the weights were saved: "
-            + "; ".join(lines[:5] + more)
-            + ". Replace them as they were there; strict=False (for a Trainer: strict_loading=False of the model) loads"
-            " what fits."
-        )
+        return "\n    ".join([
+            "The activations were replaced otherwise in the model that was saved:",
+            *lines[:10],
+            *more,
+            "Replace them as they were there. What fits is loaded with strict=False, by a Trainer with"
+            " strict_loading = False of the model.",
+        ])  # fmt: skip
 
     def set_module(self, model: nn.Module, owner: str, key: str, module: nn.Module) -> None:
         """Register a child, in place of what has its name."""
@@ -212,15 +213,13 @@ def _load(
     state_dict: dict[str, Any],
     prefix: str,
     metadata: dict[str, Any],
-    strict: bool,
+    _strict: bool,  # is always True
     _missing: list[str],
-    _unexpected: list[str],
-    errors: list[str],
+    unexpected: list[str],
+    _errors: list[str],
 ) -> None:
     state_dict.pop(prefix + MARKER, None)
-    if (saved := metadata.get(KEY)) is None:
-        return
-    if strict and (difference := model.__dict__[Record._attribute].difference(saved)):
-        errors.append(difference)
-    else:
+    if (saved := metadata.get(KEY)) is not None:
+        if difference := model.__dict__[Record._attribute].difference(saved):
+            unexpected.append(f"\n\n    {difference}\n\n    ")  # an error unless loading isn't strict
         set_noise(model, saved["c"])
