@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
-from lightning_noisy.engine.policy import New, Policy
+from lightning_noisy.engine.policy import Policy, Replacement
 from lightning_noisy.engine.record import KEY, MARKER, records_of, set_noise
 from lightning_noisy.engine.replace import swap
 from lightning_noisy.engine.sites import ActivationSite
@@ -64,7 +64,7 @@ class ActivationReplacement(pl.Callback):
 
     def __init__(
         self,
-        to: New | Mapping[str, New],
+        to: Replacement,
         *,
         noise: Schedule | None = None,
         interval: Literal["step", "epoch"] = "step",

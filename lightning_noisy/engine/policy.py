@@ -19,8 +19,9 @@ from lightning_noisy.nn import registry
 __all__ = ["New", "Policy", "Replacement", "Rule", "check_replacement"]
 
 # What a site may be replaced with, and what `replace_activations` takes: also a mapping from a plain function's name.
-New = str | type[nn.Module] | Callable[[ActivationSite], nn.Module]
-Replacement = New | Mapping[str, New]
+# The order is the one in which a LightningCLI tries them: a dict must not be taken for a callable's arguments.
+New = type[nn.Module] | str | Callable[[ActivationSite], nn.Module]
+Replacement = type[nn.Module] | Mapping[str, New] | str | Callable[[ActivationSite], nn.Module]
 
 # Which sites are meant: a pattern of names, a class of modules, a predicate, or several of them.
 Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]
@@ -85,11 +86,11 @@ class Policy:
         """Fingerprint of ``to``."""
         return fingerprint(self.to)
 
-    def chosen(self, sites: ActivationSites) -> dict[str, New | None]:
-        """By the names of the sites that are replaced with what; None where this very policy has done it already."""
+    def chosen(self, model: nn.Module, sites: ActivationSites) -> dict[str, New | None]:
+        """By the names of the sites what they are replaced with; None where this very policy has done it already."""
         chosen: dict[str, New | None] = {}
         for site in sites:
-            if (origin := Origin.of(site.module)) is not None and origin.call == self.call:
+            if (origin := _origin(model, site)) is not None and origin.call == self.call:
                 chosen[site.name] = None
             elif (new := self.choose(site)) is not None:
                 chosen[site.name] = new
@@ -98,9 +99,9 @@ class Policy:
             del chosen[site.name]
         return chosen
 
-    def keeps(self, module: nn.Module | None, new: New | None) -> bool:
-        """Whether a module is there because of ``new``, or of the same ``to``, and has what it learned."""
-        origin = Origin.of(module)
+    def keeps(self, model: nn.Module, site: ActivationSite, new: New | None) -> bool:
+        """Whether a site has its module because of ``new``, or of the same ``to``: it keeps what it has learned."""
+        origin = _origin(model, site)
         return new is None or (origin is not None and (origin.to == self.of_to or origin.new == fingerprint(new)))
 
     def choose(self, site: ActivationSite) -> New | None:
@@ -128,6 +129,13 @@ class Policy:
             for pattern in _patterns(rule):
                 if not any(_matches(site, pattern) for site in sites):
                     yield f"{option}={pattern!r} matches no activation.{_suggestion(pattern, sites)}"
+
+
+def _origin(model: nn.Module, site: ActivationSite) -> Origin | None:
+    """Where a site's module comes from, or the module that it is a part of."""
+    path = site.owner.split(".") if site.owner else []
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
+    return next((origin for each in (site.module, *around) if (origin := Origin.of(each)) is not None), None)
 
 
 def _patterns(rule: Rule | None) -> Iterator[str]:

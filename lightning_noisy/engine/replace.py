@@ -118,7 +118,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
     sites = activation_sites(inside, example_inputs)
     for reason in policy.unmatched(sites):
         warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
-    chosen = policy.chosen(sites)
+    chosen = policy.chosen(inside, sites)
     if not chosen:
         _warn_unchanged(inside, sites, policy.to)
         return model, []
@@ -129,7 +129,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
             assert site.module is not None
             new = chosen[site.name]
             there[site.name] = (
-                site.module if new is None or policy.keeps(site.module, new) else _make(site, new, inside, heirs)
+                site.module if new is None or policy.keeps(inside, site, new) else _make(site, new, inside, heirs)
             )
     if "" in there:
         return there[""], [there[""]]

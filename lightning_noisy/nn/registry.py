@@ -211,6 +211,8 @@ def _options(name: str) -> list[str] | None:
         factory = GPNActivation if name in _GPN else (PLAIN | NORMALIZED | NOISY).get(name, NormalizedActivation)
     found: list[str] = []
     for cls in factory.__mro__[:-1] if inspect.isclass(factory) else (factory,):
+        if inspect.isclass(cls) and cls.__init__ is nn.Module.__init__:
+            return found
         try:
             parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
         except (TypeError, ValueError):
