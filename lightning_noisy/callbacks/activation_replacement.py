@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -93,7 +93,7 @@ class ActivationReplacement(pl.Callback):
         self.interval = interval
         self.example_inputs = example_inputs
         self._suffix = ""  # of the tag
-        self._own: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # what is in the places of this instance
+        self._own: Collection[torch.nn.Module] = ()  # what is in the places of this instance, by weak references
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
@@ -190,7 +190,7 @@ class ActivationReplacement(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Pool the statistics of activations with ``synchronized=True`` after an optimizer step, and log c."""
-        is_first = _instances(trainer)[0] is self  # else the ranks would pool twice
+        is_first = _instances(trainer)[:1] == [self]  # once a step, not once an instance
         if is_first and trainer.global_step > self._steps and synchronized_activations(pl_module):
             synchronize_statistics(pl_module)
         step = logging_step(trainer)
@@ -231,7 +231,7 @@ class ActivationReplacement(pl.Callback):
                 set_noise(pl_module.get_submodule(path), saved["c"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": weakref.WeakSet()}
+        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": ()}
 
 
 def _instances(trainer: pl.Trainer) -> list[ActivationReplacement]:

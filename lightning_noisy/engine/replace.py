@@ -60,7 +60,13 @@ def replace_activations(
     an attribute has its replacement there; calls in code go to a child ``activation_calls`` of the module whose code it
     is, whose class is written anew for that. Each replacement takes over training flag, device, hooks and the in-place
     behaviour; its new parameters have the dtype of their neighbours and need gradients if those do. Either all places
-    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing.
+    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing,
+    where functions count as the same by their code, defaults and closure.
+
+    Best called in the model's ``__init__``, when its layers are there: its optimizer then has the new parameters, and
+    its checkpoints load as any. Those of a model that was changed from outside load with
+    :func:`lightning_noisy.load_replaced`. A ``state_dict`` says in its metadata what was replaced with what; loading it
+    into a model where that is otherwise is an error, unless ``strict=False``.
 
     A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
     multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or of which it isn't

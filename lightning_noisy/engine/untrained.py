@@ -81,7 +81,7 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
             f"{type(optimizer).__name__} trains {type(model).__name__}, but not {', '.join(names[:5])}{more}: it was"
-            " made before the activations were replaced. Replace them first, or add what is new by"
+            " made before the activations were replaced, or without them. Replace first, or add what is new by"
             " optimizer.add_param_group.",
             UserWarning,
             stacklevel=3,
