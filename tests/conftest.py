@@ -19,3 +19,16 @@ def any_kernel(request, monkeypatch):
     yield
     monkeypatch.undo()
     _kernel.cache_clear()
+
+
+@pytest.fixture
+def inductor():
+    """The test is skipped where torch.compile lacks what its default backend needs on the CPU."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile finds no C++ compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("torch.compile needs Python's C headers")
