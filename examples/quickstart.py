@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import lightning as L
@@ -157,14 +158,18 @@ class Run:
         """The name without that of its half."""
         return self.name.split(" ", 1)[1]
 
+    @cached_property
+    def logged(self) -> EventAccumulator:
+        return EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload()
+
     def curve(self, tag: str) -> tuple[list[int], list[float]]:
         """Steps and values of a scalar."""
-        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload().Scalars(tag)
+        events = self.logged.Scalars(tag)
         return [event.step for event in events], [event.value for event in events]
 
     def first_by_layer(self, statistic: str) -> list[float]:
         """The first logged value of a statistic in every layer."""
-        tags = EventAccumulator(str(self.folder)).Reload().Tags()["scalars"]
+        tags = self.logged.Tags()["scalars"]
         layers = sorted((tag for tag in tags if tag.startswith(f"{statistic}/")), key=lambda t: int(t.split(".")[-1]))
         return [self.curve(tag)[1][0] for tag in layers]
 
