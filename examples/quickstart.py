@@ -2,8 +2,8 @@
 
 1. The rescue: ten ReLU layers whose weights all start at zero, trained with SGD, with and without
    `GradientNoise`.
-2. The swap: ten ReLU layers in PyTorch's default initialization, which starves them of signal, as they are
-   and with `replace_activations(model, "nsw")`, both under `ActivationMonitor`.
+2. The swap: twenty ReLU layers in Xavier's initialization, each of which passes on about half of the signal,
+   as they are and with `replace_activations(model, "nsw")`, both under `ActivationMonitor`.
 
 Run it with `make demo`, or `python examples/quickstart.py --help` for the options.
 """
@@ -13,15 +13,19 @@ from __future__ import annotations
 import argparse
 import gzip
 import logging
+import math
+import shutil
 import struct
+import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -30,22 +34,22 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from lightning_noisy import ActivationMonitor, GradientNoise, replace_activations
 
-BATCH_SIZE = 32
+BATCH_SIZE = 128
+RESCUE_STEPS, SWAP_STEPS = 4_000, 600
 
 
 class Classifier(L.LightningModule):
-    """A fully connected ReLU network, `depth` hidden layers of `width` units."""
+    """A fully connected ReLU network of `depth` hidden layers; `init` fills the weights, the biases start at zero."""
 
-    def __init__(self, inputs: int, depth: int = 10, width: int = 50, *, lr: float, zero_init: bool = False):
+    def __init__(self, inputs: int, depth: int, init: Callable[[Tensor], Tensor], lr: float, width: int = 50):
         super().__init__()
         self.lr = lr
         layers: list[nn.Module] = []
         for fan_in in [inputs] + [width] * (depth - 1):
             layers += [nn.Linear(fan_in, width), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Linear(width, 10))
-        if zero_init:
-            for parameter in self.parameters():
-                nn.init.zeros_(parameter)
+        for parameter in self.parameters():
+            init(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -55,8 +59,10 @@ class Classifier(L.LightningModule):
         x, y = batch
         self.log("accuracy", (self.net(x).argmax(1) == y).float().mean())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -125,6 +131,21 @@ def read_idx(folder: Path, name: str) -> Tensor:
 # --- Training -----------------------------------------------------------------------------------------------
 
 
+class ProgressLine(L.Callback):
+    """One line a run, written anew in place; a plain line every quarter where the output is no terminal."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done = trainer.global_step / trainer.max_steps
+        line = f"{self.name:<28}{done:>5.0%}   accuracy {trainer.callback_metrics['accuracy']:6.1%}"
+        if sys.stdout.isatty():
+            print(f"\r{line}", end="" if done < 1 else "\n", flush=True)
+        elif done * 4 % 1 == 0:
+            print(line, flush=True)
+
+
 @dataclass
 class Run:
     """A training run, and the curves that it left in its TensorBoard file."""
@@ -132,13 +153,25 @@ class Run:
     name: str
     folder: Path
 
+    @property
+    def label(self) -> str:
+        """The name without that of its half."""
+        return self.name.split(" ", 1)[1]
+
+    @cached_property
+    def logged(self) -> EventAccumulator:
+        return EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload()
+
     def curve(self, tag: str) -> tuple[list[int], list[float]]:
         """Steps and values of a scalar."""
-        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0}).Reload().Scalars(tag)
+        events = self.logged.Scalars(tag)
         return [event.step for event in events], [event.value for event in events]
 
-    def last(self, tag: str) -> float:
-        return self.curve(tag)[1][-1]
+    def first_by_layer(self, statistic: str) -> list[float]:
+        """The first logged value of a statistic in every layer."""
+        tags = self.logged.Tags()["scalars"]
+        layers = sorted((tag for tag in tags if tag.startswith(f"{statistic}/")), key=lambda t: int(t.split(".")[-1]))
+        return [self.curve(tag)[1][0] for tag in layers]
 
 
 def train(name: str, model: Classifier, data: Data, steps: int, out: Path, callbacks: list[L.Callback]) -> Run:
@@ -146,19 +179,20 @@ def train(name: str, model: Classifier, data: Data, steps: int, out: Path, callb
     draws = RandomSampler(data.train, replacement=True, num_samples=steps * BATCH_SIZE)
     batches = BatchSampler(draws, BATCH_SIZE, drop_last=True)  # indexes the tensors a batch at a time
     logger = TensorBoardLogger(out, name=None, version=name.replace(" ", "-"), default_hp_metric=False)
+    shutil.rmtree(logger.log_dir, ignore_errors=True)  # of an earlier demo: its curves would mix with ours
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
         gradient_clip_val=10.0,
         val_check_interval=max(1, steps // 20),
         num_sanity_val_steps=0,
-        log_every_n_steps=max(1, min(50, steps // 20)),
+        log_every_n_steps=max(1, min(50, steps // 50)),
         logger=logger,
-        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=50)],
+        callbacks=[*callbacks, ProgressLine(name)],
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,
     )
-    print(f"\n{name}", flush=True)
     trainer.fit(
         model,
         DataLoader(data.train, sampler=batches, batch_size=None),
@@ -168,24 +202,25 @@ def train(name: str, model: Classifier, data: Data, steps: int, out: Path, callb
     return Run(name, Path(logger.log_dir))
 
 
-def rescue(data: Data, steps: int, out: Path) -> list[Run]:
+def rescue(data: Data, steps: int, out: Path, seed: int = 0) -> list[Run]:
     """All weights zero, with and without noise on the gradients."""
     runs = []
     for name, callbacks in {
         "rescue without noise": [],
         "rescue with GradientNoise": [GradientNoise(eta=0.01)],
     }.items():
-        L.seed_everything(0, verbose=False)
-        runs.append(train(name, Classifier(data.inputs, lr=0.1, zero_init=True), data, steps, out, callbacks))
+        L.seed_everything(seed, verbose=False)
+        model = Classifier(data.inputs, depth=10, init=nn.init.zeros_, lr=0.2)
+        runs.append(train(name, model, data, steps, out, callbacks))
     return runs
 
 
-def swap(data: Data, steps: int, out: Path) -> list[Run]:
-    """Default initialization, with and without normalized Swish in the place of ReLU."""
+def swap(data: Data, steps: int, out: Path, seed: int = 0) -> list[Run]:
+    """Xavier's initialization, with and without normalized Swish in the place of ReLU."""
     runs = []
     for name, activation in {"swap plain relu": None, "swap nsw": "nsw"}.items():
-        L.seed_everything(0, verbose=False)
-        model = Classifier(data.inputs, lr=0.05)
+        L.seed_everything(seed, verbose=False)
+        model = Classifier(data.inputs, depth=20, init=nn.init.xavier_uniform_, lr=0.03)
         if activation is not None:
             replace_activations(model, activation)
         runs.append(train(name, model, data, steps, out, [ActivationMonitor()]))
@@ -195,29 +230,21 @@ def swap(data: Data, steps: int, out: Path) -> list[Run]:
 # --- Results ------------------------------------------------------------------------------------------------
 
 
-def sites(run: Run, statistic: str) -> list[str]:
-    """The tags of a statistic, in the order of the layers."""
-    tags = EventAccumulator(str(run.folder)).Reload().Tags()["scalars"]
-    return sorted((tag for tag in tags if tag.startswith(f"{statistic}/")), key=lambda tag: int(tag.split(".")[-1]))
-
-
 def print_tables(data: Data, rescued: list[Run], swapped: list[Run]) -> None:
     """What came out, as text."""
     print(f"\nTest accuracy on {data.name}\n")
     for run in [*rescued, *swapped]:
-        best, last = max(run.curve("accuracy")[1]), run.last("accuracy")
-        print(f"  {run.name:<28} best {best:6.1%}   last {last:6.1%}")
+        accuracy = run.curve("accuracy")[1]
+        print(f"  {run.name:<28} best {max(accuracy):6.1%}   last {accuracy[-1]:6.1%}")
     print("\nAt the first log of the swap: gain of the signal (rho) and of the gradient (rho_prime), 1 is best\n")
-    plain, normalized = swapped
+    columns = [run.first_by_layer(statistic) for statistic in ("rho", "rho_prime") for run in swapped]
+    layers = list(zip(*columns, strict=True))
+    row = "  {:<8}{:>10.3g}{:>10.3g}{:>17.3g}{:>16.3g}"
     print(f"  {'layer':<8}{'rho relu':>10}{'rho nsw':>10}{'rho_prime relu':>17}{'rho_prime nsw':>16}")
-    columns = [
-        [run.curve(tag)[1][0] for tag in sites(run, statistic)]
-        for statistic in ("rho", "rho_prime")
-        for run in (plain, normalized)
-    ]
-    for tag, a, b, c, d in zip(sites(plain, "rho"), *columns, strict=True):
-        print(f"  {tag.removeprefix('rho/'):<8}{a:>10.3f}{b:>10.3f}{c:>17.3f}{d:>16.3f}")
-    scores = [run.curve("anact_score")[1][0] for run in (plain, normalized)]
+    for number in range(5, len(layers) + 1, 5):
+        print(row.format(number, *layers[number - 1]))
+    print(row.format("product", *map(math.prod, columns)))
+    scores = [run.curve("anact_score")[1][0] for run in swapped]
     print(f"\n  ANAct score (0 is best): {scores[0]:.2f} with relu, {scores[1]:.2f} with nsw")
 
 
@@ -233,20 +260,21 @@ def draw(rescued: list[Run], swapped: list[Run], path: Path) -> None:
     )
     for axes, runs, title in (
         (top_left, rescued, "The rescue: all weights start at zero"),
-        (bottom_left, swapped, "The swap: default initialization, 10 layers"),
+        (bottom_left, swapped, "The swap: twenty layers, Xavier's initialization"),
     ):
         for run, colour in zip(runs, ("0.6", "C0"), strict=True):
-            axes.plot(*run.curve("accuracy"), "o-", color=colour, markersize=3, label=run.name.split(" ", 1)[1])
+            axes.plot(*run.curve("accuracy"), "o-", color=colour, markersize=3, label=run.label)
         axes.set(title=title, xlabel="step", ylabel="test accuracy", ylim=(0, 1))
         axes.legend()
     top_right.plot(*rescued[1].curve("gradient_noise/std"), color="C0")
     top_right.set(title="gradient_noise/std", xlabel="step", ylabel="σ", ylim=(0, None))
     for run, colour in zip(swapped, ("0.6", "C0"), strict=True):
-        gains = [run.curve(tag)[1][0] for tag in sites(run, "rho")]
-        bottom_right.plot(range(1, len(gains) + 1), gains, "o-", color=colour, label=run.name.split(" ", 1)[1])
+        gains = run.first_by_layer("rho")
+        bottom_right.plot(range(1, len(gains) + 1), gains, "o-", color=colour, markersize=3, label=run.label)
     bottom_right.axhline(1, color="0.8", linewidth=1, zorder=0)
     bottom_right.set(title="ρ by layer, at the first log", xlabel="layer", ylabel="ρ = E[φ²] / Var[h]", ylim=(0, None))
-    bottom_right.legend()
+    bottom_right.set_xticks([1, *range(5, len(gains) + 1, 5)])
+    bottom_right.legend(loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -260,17 +288,23 @@ def main() -> None:
         "--out", type=Path, default=Path("quickstart_logs"), metavar="DIR", help="for logs and the picture"
     )
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that it runs, not more")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and the noise")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more don't pay with layers this small")
     options = parser.parse_args()
     if options.out.exists() and not options.out.is_dir():
         raise SystemExit(f"--out: {options.out} is not a directory.")
+    if not 0 <= options.seed < 2**32:
+        raise SystemExit(f"--seed: {options.seed} is not between 0 and 2**32 - 1.")
+    if options.threads < 1:
+        raise SystemExit(f"--threads: {options.threads} is less than 1.")
     data = load_digits() if options.data is None else load_mnist(options.data)
     # Lightning's remarks on idle hardware and loader workers, which are right, and beside the point here.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    torch.set_num_threads(1)  # the layers are too small to share out
+    torch.set_num_threads(options.threads)
     scale = 20 if options.quick else 1
-    rescued = rescue(data, 12_000 // scale, options.out)
-    swapped = swap(data, 4_000 // scale, options.out)
+    rescued = rescue(data, RESCUE_STEPS // scale, options.out, options.seed)
+    swapped = swap(data, SWAP_STEPS // scale, options.out, options.seed)
     print_tables(data, rescued, swapped)
     picture = options.out / "quickstart.png"
     draw(rescued, swapped, picture)

@@ -10,6 +10,7 @@ optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -91,6 +92,14 @@ def _check_non_negative(name: str, value: object, zero_means: str = "") -> None:
     if not math.isfinite(value) or value < 0:
         hint = f" Use {name}=0 {zero_means}." if zero_means else ""
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.{hint}")
+
+
+def check_schedule(name: str, schedule: object) -> None:
+    """Raise a TypeError that says ``name`` unless ``schedule`` is a function of the step."""
+    if inspect.isclass(schedule):
+        raise TypeError(f"{name} must be a schedule, got the class {schedule.__name__}. Use {schedule.__name__}(...).")
+    if not callable(schedule):
+        raise TypeError(f"{name} must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
 
 
 def _check_steps(value: object) -> None:
@@ -406,8 +415,7 @@ class Warmup(HorizonSchedule):
     steps: int
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule):
-            raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {self.schedule!r}.")
+        check_schedule("schedule", self.schedule)
         _check_steps(self.steps)
         if not isinstance(self.steps, int):
             raise TypeError(f"The length of a warm-up must be an integer, got {self.steps!r}.")

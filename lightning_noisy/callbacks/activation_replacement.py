@@ -1,13 +1,12 @@
-"""The callback that swaps a model's activations, and loading what it has swapped."""
+"""The callback that swaps a model's activations."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -15,14 +14,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
-from lightning_noisy.engine.place import MARKER, replaced_sites
-from lightning_noisy.engine.replace import Replacement, check_replacement, replace_activations
+from lightning_noisy.engine.policy import Policy, Replacement
+from lightning_noisy.engine.record import KEY, MARKER, records_of, set_noise
+from lightning_noisy.engine.replace import swap
 from lightning_noisy.engine.sites import ActivationSite
 from lightning_noisy.engine.statistics import synchronize_statistics, synchronized_activations
+from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.schedules import HorizonSchedule, Schedule
 
-__all__ = ["ActivationReplacement", "load_replaced"]
+__all__ = ["ActivationReplacement"]
 
 
 class ActivationReplacement(pl.Callback):
@@ -30,14 +31,20 @@ class ActivationReplacement(pl.Callback):
 
     The callback form of :func:`lightning_noisy.replace_activations`, for models that you configure and don't
     write. Layers that are made in ``configure_model`` are replaced, too. List it before callbacks that copy or freeze
-    the model. A model that has been swapped keeps its modules:
-    ``fit``, ``test`` and ``fit`` again swap once. Statistics of normalized activations with ``synchronized=True`` are
-    pooled over the ranks after each step.
+    the model. A model that has been swapped keeps its modules, and what they have learned:
+    ``fit``, ``test`` and ``fit`` again swap once, also with a new callback in a new Trainer. Statistics of normalized
+    activations with ``synchronized=True`` are pooled over the ranks after each step.
 
-    A checkpoint of such a model has the new modules' values. To resume, or to test, pass ``ckpt_path`` to a
-    Trainer with this callback; without a Trainer, :func:`lightning_noisy.load_replaced` loads it.
+    A checkpoint of such a model has the new modules' values, and says what was replaced with what. To resume, or to
+    test, pass ``ckpt_path`` to a Trainer with this callback; another ``to`` than that of the checkpoint is an error, as
+    long as the model's ``strict_loading`` is not False. Without a Trainer, :func:`lightning_noisy.load_replaced` loads
+    it.
 
-    Logs ``activation_noise/c``, at the Trainer's logging steps, if there is ``noise``.
+    Several instances in one Trainer replace one after the other. If several have ``noise``, each anneals c of what it
+    has replaced; a single one anneals all noisy activations of the model.
+
+    Logs ``activation_noise/c``, at the Trainer's logging steps, if there is ``noise``; where several instances have it,
+    ``activation_noise/c/noise0``, ``/noise1`` and so on, in the order of the callbacks.
 
     Args:
         to: what to replace them with; see :func:`lightning_noisy.replace_activations`, also for the options that are
@@ -49,7 +56,8 @@ class ActivationReplacement(pl.Callback):
 
     Raises:
         TypeError: if ``to`` is nothing to replace activations with, or ``noise`` is not callable.
-        ValueError: if a name is unknown; suggests the closest ones.
+        ValueError: if a name or an option in it is unknown, with the closest ones; if a name has the option ``c``, and
+            there is ``noise``, which sets it.
 
     >>> trainer = pl.Trainer(callbacks=[ActivationReplacement("nsw")], logger=False, enable_checkpointing=False)
     """
@@ -70,25 +78,22 @@ class ActivationReplacement(pl.Callback):
         batchnorm_affine: Literal["keep", "strip"] = "keep",
         buffer_batchnorm: bool | str = False,
     ) -> None:
-        check_replacement(to)
         if noise is not None and not callable(noise):
             raise TypeError(f"noise must be a schedule, a function from a step to c, got {noise!r}. Use Constant(c).")
         if interval not in ("step", "epoch"):
             raise ValueError(f'interval must be "step" or "epoch", got {interval!r}.')
+        self.policy = Policy(
+            to, gates, outputs, after_residual, keep_last, include, exclude, batchnorm_affine, buffer_batchnorm
+        )
+        for name in to.values() if isinstance(to, Mapping) else (to,):
+            if noise is not None and isinstance(name, str) and "c" in registry.parse(name)[1]:
+                raise ValueError(f"noise= sets c at every step, and {name!r} has a c of its own. Leave one out.")
         self.to = to
         self.noise = noise
         self.interval = interval
-        self.options = {
-            "example_inputs": example_inputs,
-            "gates": gates,
-            "outputs": outputs,
-            "after_residual": after_residual,
-            "keep_last": keep_last,
-            "include": include,
-            "exclude": exclude,
-            "batchnorm_affine": batchnorm_affine,
-            "buffer_batchnorm": buffer_batchnorm,
-        }
+        self.example_inputs = example_inputs
+        self._suffix = ""  # of the tag
+        self._own: Collection[torch.nn.Module] = ()  # what is in the places of this instance, by weak references
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
@@ -113,33 +118,57 @@ class ActivationReplacement(pl.Callback):
                     " ActivationReplacement before it in the list of callbacks."
                 )
         if is_overridden("configure_model", pl_module):
-            self._follow_configure_model(pl_module)
+            self._follow_configure_model(trainer, pl_module)
         else:
-            self._replace(pl_module)
+            self._replace(trainer, pl_module)
 
-    def _follow_configure_model(self, pl_module: pl.LightningModule) -> None:
+    def _follow_configure_model(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap right after the model's own ``configure_model``, which comes after ``setup``."""
+        inner = pl_module.__dict__.get("configure_model")  # such as another instance's
 
         @functools.wraps(pl_module.configure_model)
         def configure_model() -> None:
-            pl_module.__dict__.pop("configure_model", None)
+            self._unfollow(pl_module)
             pl_module.configure_model()
-            self._replace(pl_module)
+            self._replace(trainer, pl_module)
 
+        configure_model.of_replacement = inner  # type: ignore[attr-defined]
         pl_module.__dict__["configure_model"] = configure_model
 
-    def _replace(self, pl_module: pl.LightningModule) -> None:
-        replace_activations(pl_module, self.to, **self.options)
+    @staticmethod
+    def _unfollow(pl_module: pl.LightningModule) -> bool:
+        """Take the outermost instance's ``configure_model`` off the model; whether there was one."""
+        present: Any = pl_module.__dict__.get("configure_model")
+        if not hasattr(present, "of_replacement"):
+            return False
+        if present.of_replacement is None:
+            del pl_module.__dict__["configure_model"]
+        else:
+            pl_module.__dict__["configure_model"] = present.of_replacement
+        return True
+
+    def _replace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._own = weakref.WeakSet(swap(pl_module, self.policy, self.example_inputs)[1])
         self._replaced = weakref.ref(pl_module)
-        if self.noise is not None and not _noisy(pl_module):
+        if self.noise is not None and not self._annealed(trainer, pl_module):
             raise MisconfigurationException(
                 f"noise={self.noise!r} anneals c of noisy activations, and the model has none after the replacement by"
                 f' {self.to!r}. Take one of "nan", "nah", "nani", "nanil" and "nanis", or leave noise out.'
             )
 
+    def _annealed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NoisyActivation]:
+        """The noisy activations that this instance anneals."""
+        alone = sum(callback.noise is not None for callback in _instances(trainer)) == 1
+        inside = {each for module in ([pl_module] if alone else self._own) for each in module.modules()}
+        return [each for each in pl_module.modules() if isinstance(each, NoisyActivation) and each in inside]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the training is."""
-        self._schedule, self._noisy = self.noise, _noisy(pl_module)
+        self._schedule = self.noise
+        if self.noise is not None:
+            self._noisy = self._annealed(trainer, pl_module)
+            annealing = [callback for callback in _instances(trainer) if callback.noise is not None]
+            self._suffix = f"/noise{annealing.index(self)}" if len(annealing) > 1 else ""
         if isinstance(self.noise, HorizonSchedule) and self.noise.is_open:
             total = trainer.estimated_stepping_batches if self.interval == "step" else trainer.max_epochs
             if total is None or not 0 < total < float("inf"):
@@ -161,107 +190,50 @@ class ActivationReplacement(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Pool the statistics of activations with ``synchronized=True`` after an optimizer step, and log c."""
-        if trainer.global_step > self._steps and synchronized_activations(pl_module):
+        is_first = _instances(trainer)[:1] == [self]  # once a step, not once an instance
+        if is_first and trainer.global_step > self._steps and synchronized_activations(pl_module):
             synchronize_statistics(pl_module)
         step = logging_step(trainer)
         if self._schedule is not None and self._c is not None and step is not None:
-            log_scalars(trainer, {"activation_noise/c": self._c}, step)
+            log_scalars(trainer, {f"activation_noise/c{self._suffix}": self._c}, step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave ``configure_model`` as it was, if it was never called."""
-        pl_module.__dict__.pop("configure_model", None)
+        while self._unfollow(pl_module):
+            pass
         self._noisy = []
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Mark the weights, so that loading them the plain way fails with the name of what loads them."""
-        checkpoint["state_dict"][MARKER] = torch.tensor(float("nan") if self._c is None else self._c)
+        """Say what was replaced with what; mark the weights, so that loading them the plain way fails with a hint."""
+        records = records_of(pl_module)
+        # Also here, since not every strategy keeps what a state_dict has besides its values.
+        checkpoint[KEY] = {path: record.saved(pl_module.get_submodule(path)) for path, record in records.items()}
+        weights = checkpoint["state_dict"]
+        if "" not in records or MARKER in weights:
+            return
+        if isinstance(weights, OrderedDict):  # with what it says besides its values
+            weights[MARKER] = torch.zeros(())
+            weights.move_to_end(MARKER, last=False)  # errors name the keys in their order
+        else:
+            checkpoint["state_dict"] = {MARKER: torch.zeros(()), **weights}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was replaced with what: plain data."""
-        model = self._replaced() if self._replaced is not None else None
-        options = {key: self.options[key] for key in ("batchnorm_affine", "buffer_batchnorm")}
-        sites = [] if model is None else replaced_sites(model)
-        return {"to": _plain(self.to), "sites": sites, "options": options, "c": self._c}
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See to it that the same was replaced with the same, and that c is what it was."""
+        records = records_of(pl_module)
+        for path, saved in checkpoint.get(KEY, {}).items():
+            if path in records:
+                if pl_module.strict_loading and (difference := records[path].difference(saved)):
+                    raise MisconfigurationException(difference)
+                set_noise(pl_module.get_submodule(path), saved["c"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_replaced": None, "_noisy": []}
+        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": ()}
 
 
-_Model = TypeVar("_Model", bound=pl.LightningModule)
-
-
-def load_replaced(
-    cls: type[_Model],
-    checkpoint_path: str | Path,
-    *,
-    to: Replacement | None = None,
-    example_inputs: Any = None,
-    map_location: Any = None,
-    weights_only: bool = True,
-    **arguments: Any,
-) -> _Model:
-    """Load a checkpoint of a model whose activations :class:`ActivationReplacement` has replaced.
-
-    As ``cls.load_from_checkpoint``, with the replacement in between. c of noisy activations is that of the checkpoint.
-
-    Args:
-        cls: class of the model.
-        checkpoint_path: what a Trainer has written.
-        to: what the activations were replaced with; only needed if that was a class or a function of your own.
-        example_inputs: as they were given to the callback, if they were.
-        map_location: see ``torch.load``.
-        weights_only: see ``torch.load``.
-        arguments: of the model, in place of its hyperparameters in the checkpoint.
-
-    Returns:
-        The model, in training mode as ``load_from_checkpoint`` has it.
-
-    Raises:
-        ValueError: if the checkpoint doesn't say what was replaced, or this model has other activations.
-    """
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
-    states = [
-        state
-        for key, state in checkpoint.get("callbacks", {}).items()
-        if str(key).startswith(ActivationReplacement.__qualname__)
-    ]
-    if not states:
-        raise ValueError(
-            f"{checkpoint_path} was written without ActivationReplacement. Use {cls.__name__}.load_from_checkpoint."
-        )
-    state = states[0]
-    to = to if to is not None else state["to"]
-    if to is None:
-        raise ValueError("The activations were replaced with a class or a function of your own: pass it as to=.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are")  # those of the activations
-        warnings.filterwarnings("ignore", message=".*keys that are not in the model state dict.*")
-        model = cls.load_from_checkpoint(
-            checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **arguments
-        )
-    names = set(state["sites"])
-    everything: dict[str, Any] = {"gates": True, "outputs": True, "after_residual": True}
-    options = {**everything, **state["options"], "include": lambda site: site.name in names}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
-        replace_activations(model, to, example_inputs=example_inputs, **options)
-    if missing := sorted(names - set(replaced_sites(model))):
-        raise ValueError(
-            f"{cls.__name__} has no activations {', '.join(missing)}, which were replaced. Pass the arguments, and the"
-            " example_inputs, that the model and the callback had."
-        )
-    model.load_state_dict(checkpoint["state_dict"])
-    return model
-
-
-def _noisy(model: torch.nn.Module) -> list[NoisyActivation]:
-    return [module for module in model.modules() if isinstance(module, NoisyActivation)]
-
-
-def _plain(to: Replacement) -> Any:
-    """A name, or a mapping of names; None for anything else."""
-    if isinstance(to, Mapping):
-        return dict(to) if all(isinstance(new, str) for new in to.values()) else None
-    return to if isinstance(to, str) else None
+def _instances(trainer: pl.Trainer) -> list[ActivationReplacement]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [callback for callback in callbacks if isinstance(callback, ActivationReplacement)]

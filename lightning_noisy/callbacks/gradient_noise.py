@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import weakref
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
-from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, ParameterFilter, add_gradient_noise
-from lightning_noisy.engine.noise_plan import total_norm
-from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule
+from lightning_noisy.callbacks._noise_watch import NoiseWatch
+from lightning_noisy.engine.gradient_noise import (
+    GradientNoiseHandle,
+    ParameterFilter,
+    add_gradient_noise,
+    checked_state,
+)
+from lightning_noisy.engine.norms import total_norm
+from lightning_noisy.functional.gaussian import plain
+from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule, check_schedule
 
 __all__ = ["GradientNoise"]
+
+_ETA, _GAMMA = 0.01, 0.55
 
 
 class GradientNoise(pl.Callback):
@@ -30,12 +44,23 @@ class GradientNoise(pl.Callback):
     Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks" (2015). t counts the
     steps that each optimizer has taken, from 0: batches that only accumulate gradients don't count.
 
-    It works in automatic and manual optimization. The noise has a random stream of its own: it is a function of
-    the seed, the optimizer's index, the parameter's name and t, so all ranks of data-parallel training add the
-    same, a resumed run goes on as if it had not stopped, and the global random states are not touched.
+    **Choosing η.** What counts is the size of the noise beside the gradient: look at ``gradient_noise/snr``. Around 1
+    the training is disturbed a little, at 0.1 a lot; far below 0.1 the steps are nearly all noise, which helps only a
+    model that doesn't learn otherwise, such as one whose weights start at zero. If the loss doesn't fall there, take an
+    η a hundred times smaller, or ``relative=True``, which fixes the ratio. A warning says so once, when the ratio was
+    below 0.02 at 10 logged steps in a row.
+
+    It works in automatic and manual optimization, and follows optimizers that are made anew during a fit. The noise has
+    a random stream of its own: it is a function of the seed, the optimizer's index, the parameter's name and t, so all
+    ranks of data-parallel training add the same, a resumed run goes on as if it had not stopped, and the global random
+    states are not touched. A second ``fit`` of a Trainer has new optimizers: t starts at 0 again, and the noise is
+    another one.
 
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
     have independent noises, and state; those with the same schedule need a ``name`` each.
+
+    The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero. Leave other
+    elements that are never trained, such as slices that a hook freezes, to ``params``.
 
     Logs to every logger, at the Trainer's logging steps, with ``/<name>`` at the end if it has one (``/noise0``,
     ``/noise1``, ... where several have none), and ``/<index>`` of the optimizer if there are several:
@@ -55,7 +80,8 @@ class GradientNoise(pl.Callback):
         eta: variance at the first step, >= 0.
         gamma: exponent of the decay, >= 0.
         schedule: a function from t to σ, in the place of ``eta`` and ``gamma``, such as those of
-            :mod:`lightning_noisy.schedules`. ``steps="auto"`` becomes the Trainer's estimated number of steps.
+            :mod:`lightning_noisy.schedules`: a standard deviation, where ``eta`` is a variance. ``steps="auto"``
+            becomes the Trainer's estimated number of steps.
         params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. A parameter group
             of the optimizer with a key ``"noise_scale"`` has σ multiplied by it.
         relative: make σ a multiple of the root mean square of the clipped gradient's elements; see
@@ -68,16 +94,17 @@ class GradientNoise(pl.Callback):
 
     Raises:
         TypeError: if an argument is not of its type.
-        ValueError: if ``eta`` or ``gamma`` is negative or not finite.
-        MisconfigurationException: at the start of a fit, if the schedule's horizon is open and the training endless.
+        ValueError: if ``eta`` or ``gamma`` is negative or not finite, or given beside ``schedule``.
+        MisconfigurationException: at the start of a fit, if the schedule's horizon is open and the training endless, or
+            the callback is at work in the fit of another Trainer.
 
     >>> trainer = pl.Trainer(callbacks=[GradientNoise(eta=0.01)], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
         self,
-        eta: float = 0.01,
-        gamma: float = 0.55,
+        eta: float = _ETA,
+        gamma: float = _GAMMA,
         *,
         schedule: Schedule | None = None,
         params: ParameterFilter | None = None,
@@ -86,94 +113,156 @@ class GradientNoise(pl.Callback):
         name: str = "",
         prog_bar: bool = False,
     ) -> None:
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule must be callable: schedule(t) -> standard deviation, got {schedule!r}.")
+        decay = InverseDecay(eta, gamma)
+        if schedule is not None:
+            check_schedule("schedule", schedule)
+            if (eta, gamma) != (_ETA, _GAMMA):
+                raise ValueError(
+                    f"schedule takes the place of eta and gamma, got eta={eta!r}, gamma={gamma!r} and"
+                    f" schedule={schedule!r}. Leave out one or the other."
+                )
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed must be an int or None, got {seed!r} of type {type(seed).__name__}.")
-        decay = InverseDecay(eta, gamma)
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {name!r} of type {type(name).__name__}.")
+        for option, value in (("relative", relative), ("prog_bar", prog_bar)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{option} must be True or False, got {value!r}.")
         self.schedule: Schedule = decay if schedule is None else schedule
         self.params = params
         self.relative = relative
         self.seed = seed
-        self.name = name
+        self.name = str(plain(name))
         self.prog_bar = prog_bar
         self._instance = 0
         self._suffix = ""  # of tags
-        self._logged_seed: int | None = None
-        self._norms_before: dict[int, Tensor] = {}  # of the batch
         self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
         self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
-        self._handles: list[GradientNoiseHandle] = []
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
+        """Begin without a fit, and without what belongs to one."""
+        self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._make_handle: Callable[[Any, int], GradientNoiseHandle] | None = None
+        self._handles: dict[Any, GradientNoiseHandle] = {}  # by optimizer
+        self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
+        self._logged_seed: int | None = None
+        self._norms_before: dict[Any, Tensor] = {}  # of the batch, by optimizer
+        self._watch = NoiseWatch()
 
     @property
     def state_key(self) -> str:
         """Name of the state in checkpoints: by the instance's name, if it has one, else by its schedule."""
         if self.name:
-            return self._generate_state_key(name=self.name)
+            return _state_key(name=self.name)
         schedule = repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__qualname__
-        return self._generate_state_key(schedule=schedule)
+        return _state_key(schedule=schedule)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out which of the Trainer's instances this is: each has a stream of its own."""
+        """Find out which of the Trainer's instances this is: each has a stream and tags of its own."""
+        if self._is_busy_elsewhere(trainer):
+            if stage != "fit":
+                return
+            raise MisconfigurationException(
+                "This GradientNoise is at work in the fit of another Trainer. Give each Trainer its own."
+            )
         instances = _instances(trainer)
         self._instance = next((i for i, callback in enumerate(instances) if callback is self), 0)
-        nameless = sum(not callback.name for callback in instances)
-        name = self.name or (f"noise{self._instance}" if nameless > 1 else "")
+        names = {callback.name for callback in instances}
+        nameless = [callback for callback in instances if not callback.name]
+        free = (name for i in range(2 * len(instances)) if (name := f"noise{i}") not in names)
+        own = dict(zip(map(id, nameless), free, strict=False))
+        name = self.name or (own[id(self)] if len(nameless) > 1 else "")
         self._suffix = f"/{name}" if name else ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
         self._final = []
+        self._trainer = weakref.ref(trainer)
         seed = self.seed
         if seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbits(32))
         seed = trainer.strategy.broadcast(seed)  # ranks may have been seeded differently, for their data
-        schedule = self.schedule
-        if isinstance(schedule, HorizonSchedule) and schedule.is_open:
-            total = trainer.estimated_stepping_batches
-            if total == trainer.max_steps:
-                total /= len(trainer.optimizers) or 1  # Lightning counts the steps of all
-            if total == float("inf"):
-                raise MisconfigurationException(
-                    f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
-                    " max_epochs of the Trainer."
-                )
-            schedule = schedule.resolved(int(total))
-        self._handles = [
-            add_gradient_noise(
+        schedule = self._resolved_schedule(trainer)
+        # A name is quoted, so that it is nobody's number. A later fit of the Trainer has another noise.
+        stream = repr(self.name) if self.name else str(self._instance)
+        later = f"@{trainer.global_step}" if trainer.global_step else ""
+
+        def make_handle(optimizer: Any, index: int) -> GradientNoiseHandle:
+            return add_gradient_noise(
                 optimizer,
                 schedule,
                 seed=seed,
-                stream=f"{self.name or self._instance}.{index}",
+                stream=f"{stream}.{index}{later}",
                 model=pl_module,
                 params=self.params,
                 relative=self.relative,
             )
-            for index, optimizer in enumerate(trainer.optimizers)
-        ]
-        if self._restored is not None:
-            self._restore(self._restored)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def follow(*_: Any) -> None:
+            self._follow(trainer)
+
+        self._make_handle = make_handle
+        try:
+            self._follow(trainer)
+            self._following = register_optimizer_step_pre_hook(follow)
+            if self._restored is not None:
+                self._restore(self._restored)
+        except BaseException:
+            self._detach()
+            raise
         self._log_seed(trainer)
+
+    def _resolved_schedule(self, trainer: pl.Trainer) -> Schedule:
+        """The schedule with the length of the training, if it needs that."""
+        schedule = self.schedule
+        if not (isinstance(schedule, HorizonSchedule) and schedule.is_open):
+            return schedule
+        total = trainer.estimated_stepping_batches
+        if total == trainer.max_steps:
+            total /= len(trainer.optimizers) or 1  # Lightning counts the steps of all
+        if total == float("inf"):
+            raise MisconfigurationException(
+                f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
+                " max_epochs of the Trainer."
+            )
+        return schedule.resolved(int(total))
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Attach the noise to the Trainer's optimizers; those made anew go on at the t of those before them."""
+        optimizers = list(dict.fromkeys(trainer.optimizers))
+        if optimizers == list(self._handles) or self._make_handle is None:
+            return
+        states = [handle.state_dict() for handle in self._handles.values()]
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+        for index, optimizer in enumerate(optimizers):
+            self._handles[optimizer] = handle = self._make_handle(optimizer, index)
+            if index < len(states):
+                handle.load_state_dict(states[index])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that what checkpoints brought differs between instances."""
-        handles = [handle for callback in _instances(trainer) for handle in callback._handles]
+        handles = [handle for callback in _instances(trainer) for handle in callback._handles.values()]
         if len({(handle.seed, handle.stream) for handle in handles}) < len(handles):
             raise MisconfigurationException(
                 "Two GradientNoise callbacks would add the same noise: the checkpoint has the stream of one for both."
                 " Give each a name, with which it finds its own state."
             )
-        if self._handles and self._handles[0].seed != self._logged_seed:  # restored late, as sharded strategies do
-            self._log_seed(trainer)
+        if any(handle.seed != self._logged_seed for handle in self._handles.values()):
+            self._log_seed(trainer)  # restored late, as sharded strategies do
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure norms if this batch's values will be logged."""
-        for handle in self._handles:
+        self._follow(trainer)
+        for handle in self._handles.values():
             handle.measuring = is_logging_due(trainer)
             handle.std = handle.grad_norm = None
         self._norms_before = {}
@@ -182,28 +271,29 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the norm before clipping."""
+        self._watch.stepped.add(optimizer)
         if not pl_module.automatic_optimization:
             return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             return  # the gradients are still scaled, and Lightning doesn't clip them
-        for index, handle in enumerate(self._handles):
-            measured = handle.measuring and trainer.optimizers[index] is optimizer
-            if measured and (gradients := handle.gradients(optimizer)):
-                self._norms_before[index] = total_norm(gradients)
+        handle = self._handles.get(optimizer)
+        if handle is not None and handle.measuring and (gradients := handle.gradients(optimizer)):
+            self._norms_before[optimizer] = total_norm(gradients)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log σ and the norms."""
+        """Log σ and the norms; warn of steps that go by, and of noise without gradient."""
         scalars: dict[str, float] = {}
         norms: dict[str, Tensor] = {}
-        for index, handle in enumerate(self._handles):
+        for index, (optimizer, handle) in enumerate(self._handles.items()):
             suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
             if handle.std is not None:
+                self._watch.noisy.add(optimizer)
                 scalars[f"gradient_noise/std{suffix}"] = handle.std
-            if index in self._norms_before:
-                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[index]
+            if optimizer in self._norms_before:
+                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[optimizer]
             if handle.grad_norm is not None:
                 norms[f"grad_norm/after_clipping{suffix}"] = handle.grad_norm
                 if handle.noise_norm:
@@ -211,6 +301,7 @@ class GradientNoise(pl.Callback):
         if self.prog_bar:
             pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
         step = logging_step(trainer)
+        self._watch.end_batch(pl_module, self._handles, is_logged=step is not None)
         if step is None or not scalars:
             return
         if norms:
@@ -218,27 +309,40 @@ class GradientNoise(pl.Callback):
             numbers = torch.stack([norm.to(device) for norm in norms.values()]).tolist()  # the one host sync
             scalars.update(zip(norms, numbers, strict=True))
         log_scalars(trainer, scalars, step)
+        ratios = [value for tag, value in scalars.items() if tag.startswith("gradient_noise/snr")]
+        self._watch.check_ratios(ratios, self.schedule)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else the first steps may have overflowed
+            self._watch.check_steps(pl_module, self._handles)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the noise off the optimizers."""
-        self._detach()
-        self._restored = None  # a validation's checkpoint is not the next fit's
+        if not self._is_busy_elsewhere(trainer):
+            self._detach()
+            self._restored = None  # a validation's checkpoint is not the next fit's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the noise off the optimizers."""
-        self._detach()
-        self._restored = None
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and t of each optimizer's noise: plain numbers."""
-        return {"optimizers": [handle.state_dict() for handle in self._handles] or self._final}
+        """Seed, stream and t of each optimizer's noise: plain numbers and strings."""
+        return {"optimizers": [handle.state_dict() for handle in self._handles.values()] or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written; the optimizers may come later."""
+        """Go on where a checkpoint was written; the optimizers may come later.
+
+        Raises:
+            ValueError: if it is no state of a GradientNoise; nothing has changed then.
+        """
+        states = state_dict.get("optimizers") if isinstance(state_dict, dict) else None
+        if not isinstance(states, list):
+            raise ValueError(f'GradientNoise has a state of {{"optimizers": [...]}}, got {state_dict!r}.')
+        for state in states:
+            checked_state(state)
         if self._handles:  # with strategies that restore checkpoints late
             self._restore(state_dict)
         else:
@@ -248,7 +352,7 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the state of the only noise in a checkpoint also if its schedule was another one."""
-        states = {k: v for k, v in checkpoint["callbacks"].items() if str(k).startswith(type(self).__qualname__)}
+        states = {key: state for key, state in checkpoint["callbacks"].items() if _is_state_key(key)}
         if self.state_key in states:
             return
         if len(states) == len(_instances(trainer)) == 1:
@@ -259,7 +363,7 @@ class GradientNoise(pl.Callback):
 
     def _log_seed(self, trainer: pl.Trainer) -> None:
         if self._handles:
-            self._logged_seed = self._handles[0].seed
+            self._logged_seed = next(iter(self._handles.values())).seed
             log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._logged_seed})
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -272,7 +376,7 @@ class GradientNoise(pl.Callback):
                 f" {len(self._handles)}: their noise starts anew, at t = 0."
             )
             return
-        for handle, saved in zip(self._handles, state["optimizers"], strict=True):
+        for handle, saved in zip(self._handles.values(), state["optimizers"], strict=True):
             if self.seed is not None and saved["seed"] != self.seed:
                 rank_zero_warn(
                     f"GradientNoise(seed={self.seed}) goes on from a checkpoint with seed {saved['seed']}: the noise"
@@ -283,16 +387,36 @@ class GradientNoise(pl.Callback):
 
     def _detach(self) -> None:
         if self._handles:
-            self._final = [handle.state_dict() for handle in self._handles]
-        for handle in self._handles:
+            self._final = [handle.state_dict() for handle in self._handles.values()]
+        for handle in self._handles.values():
             handle.remove()
-        self._handles = []
+        if self._following is not None:
+            self._following.remove()
+        self._forget_fit()
+
+    def _is_busy_elsewhere(self, trainer: pl.Trainer) -> bool:
+        """Whether it is at work in the fit of another Trainer, which this one's is inside of."""
+        other = None if self._trainer is None else self._trainer()
+        return other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks don't outlive a copy of their optimizer: a copy of the callback starts without.
-        return {**self.__dict__, "_handles": [], "_norms_before": {}}
+        fresh = GradientNoise.__new__(GradientNoise)
+        fresh._forget_fit()
+        return {**self.__dict__, **fresh.__dict__}
 
 
 def _instances(trainer: pl.Trainer) -> list[GradientNoise]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return [callback for callback in callbacks if isinstance(callback, GradientNoise)]
+
+
+def _state_key(**by: str) -> str:
+    """The key in checkpoints: of subclasses, too, and of no other callback."""
+    return f"{GradientNoise.__name__}{by!r}"
+
+
+def _is_state_key(key: object) -> bool:
+    return (
+        isinstance(key, str) and re.fullmatch(rf"{GradientNoise.__name__}\{{'(name|schedule)': .*\}}", key) is not None
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_noisy.engine.place import Record
+from lightning_noisy.engine.record import Record
 from lightning_noisy.engine.sites import ActivationSite
 
 __all__ = ["buffer", "strip"]
@@ -45,7 +45,7 @@ def strip(model: nn.Module, sites: Iterable[ActivationSite], record: Record) -> 
         warnings.warn(
             f"Weight and bias of {', '.join(lost)} were trained, and are gone: the output is another one.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_noisy.engine.origin import Origin
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
 
@@ -39,7 +41,8 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     follows can have them: :math:`W' = s W`, :math:`b' = b - s \mu W 1`. A layer without a bias gets one. One forward
     pass with the example inputs shows what follows; dropout, reshaping and transposing may come in between. An
     activation stays where that would not be exact: it or the layer is used several times or otherwise (a branch, the
-    model's output), the layer pads with zeros, the weight is shared. The model is for inference then.
+    model's output), the layer pads with zeros, the weight is shared. The model is for inference then: what was folded
+    can't be restored by :func:`~lightning_noisy.restore_activations`, and the same replacement leaves it as it is.
 
     Args:
         model: the model; its training flags are kept.
@@ -51,7 +54,7 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the output for the example inputs is not finite.
-        RuntimeError: if the output is another one afterwards; the model is as before then.
+        RuntimeError: if the output is another one afterwards. After any error the model is as before.
 
     Warns:
         UserWarning: names the activations that stay, with the reasons.
@@ -70,22 +73,25 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
         raise TypeError(f"model must be an nn.Module, got {model!r}.")
     training = {module: module.training for module in model.modules()}
     model.eval()
+    undo: list[tuple[nn.Module, str, Any]] = []
     try:
         uses = _Uses(model)
         before = uses.watch(model, example_inputs)
         if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(before) if isinstance(leaf, Tensor)):
             raise ValueError("With these example inputs the output is not finite. Pass others.")
         plans = {name: uses.plan(name) for name in uses.sites}
-        undo = [_fold(model, name, layers, training) for name, layers in plans.items() if not isinstance(layers, str)]
-        after = _call(model, example_inputs)
-        if not _close(before, after):
-            for restore in reversed(undo):
-                for module, attribute, value in restore:
-                    if isinstance(module, _LAYERS):
-                        module._parameters[attribute] = value
-                    else:
-                        setattr(module, attribute, value)
+        for name, layers in plans.items():
+            if not isinstance(layers, str):
+                _fold(model, name, layers, training, undo)
+        if not _close(before, _call(model, example_inputs)):
             raise RuntimeError("Folding would change the output: the model does what one forward pass doesn't show.")
+    except BaseException:
+        for module, attribute, value in reversed(undo):
+            if isinstance(module, _LAYERS):
+                module._parameters[attribute] = value
+            else:
+                setattr(module, attribute, value)
+        raise
     finally:
         for each, flag in training.items():
             each.training = flag
@@ -227,24 +233,29 @@ def _plain(site: NormalizedActivation) -> nn.Module | None:
 
 
 def _fold(
-    model: nn.Module, name: str, layers: list[nn.Module], training: dict[nn.Module, bool]
-) -> list[tuple[nn.Module, str, Any]]:
-    """Fold one site into its layers; what to set to undo it."""
+    model: nn.Module,
+    name: str,
+    layers: list[nn.Module],
+    training: dict[nn.Module, bool],
+    undo: list[tuple[nn.Module, str, Any]],
+) -> None:
+    """Fold one site into its layers; adds to ``undo`` what is to be set to undo it, before it changes."""
     owner_name, _, attribute = name.rpartition(".")
     owner, site = model.get_submodule(owner_name), model.get_submodule(name)
     assert isinstance(site, NormalizedActivation)
     scale, shift = site.scale.double(), site.shift.double()
-    undo: list[tuple[nn.Module, str, Any]] = [(owner, attribute, site)]
     for layer in layers:
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         assert weight is not None
-        undo += [(layer, "weight", weight), (layer, "bias", bias)]
         wide = weight.double() * scale
         moved = -shift * wide.flatten(1).sum(1) + (0 if bias is None else bias.double())
         for key, value, like in (("weight", wide, weight), ("bias", moved, weight if bias is None else bias)):
+            undo.append((layer, key, layer._parameters[key]))
             setattr(layer, key, nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad))
     plain = _plain(site)
     assert plain is not None
     training[plain] = training[site]
+    if (origin := Origin.of(site)) is not None:  # the same replacement leaves it, and can't be undone
+        replace(origin, folded=True).leave(plain)
+    undo.append((owner, attribute, site))
     setattr(owner, attribute, plain)
-    return undo

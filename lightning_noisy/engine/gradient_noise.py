@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 import warnings
+import weakref
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,13 @@ from torch.optim import Optimizer
 from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments, parameters, whole_shape
 from lightning_noisy.engine.fsdp1 import flat_shards
 from lightning_noisy.engine.names import parameter_names, strip_wrappers, unwrapped
-from lightning_noisy.engine.noise_plan import NoisePlan, total_norm
-from lightning_noisy.schedules import HorizonSchedule, Schedule
+from lightning_noisy.engine.noise_plan import Mark, NoisePlan, unchanged
+from lightning_noisy.engine.norms import total_norm, wide_norm
+from lightning_noisy.engine.step_hooks import StepHooks, stepping_optimizer
+from lightning_noisy.functional.gaussian import plain
+from lightning_noisy.schedules import HorizonSchedule, Schedule, check_schedule
 
-__all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise"]
+__all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise", "checked_state"]
 
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 
@@ -53,13 +55,15 @@ def add_gradient_noise(
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
             or sparse with one sparse dimension: then the rows that are present get noise. Or one of DeepSpeed's
             optimizers (``engine.optimizer``), with ZeRO of any stage or without; it needs ``model=engine.module``. To
-            DeepSpeed a parameter without a gradient has one of zeros, and it gets noise.
+            DeepSpeed a parameter without a gradient has one of zeros, and it gets noise. Of a wrapper around another
+            optimizer with the same parameters (Lookahead, SAM, accelerate's) the inner one gets the noise.
         schedule: maps t (int) to the standard deviation σ (float, >= 0). One that follows the learning rate
             (:class:`~lightning_noisy.schedules.FollowLR`, ``Langevin``) gets that of each parameter group.
-        seed: seed of the noise.
-        stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index.
+        seed: seed of the noise, an int.
+        stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index; int or str.
         model: where the parameters' names come from. Without it they come from the optimizer (``param_names``), and
-            from their position in it if that has none.
+            from their position in it if that has none. Its padding rows (``nn.Embedding(padding_idx=...)``) get no
+            noise as long as their gradient is zero.
         params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. It is asked anew when
             the optimizer's parameter groups change.
         relative: make σ a multiple of the root mean square of the gradient's elements (after clipping, over all
@@ -71,7 +75,7 @@ def add_gradient_noise(
         A handle to read and restore t, and to remove the noise. It is a context manager, too.
 
     Raises:
-        TypeError: if ``optimizer`` is not a torch optimizer, or ``schedule`` is not callable.
+        TypeError: if an argument is not of its type, or the optimizer's class runs no hooks at its steps.
         ValueError: if the optimizer has noise of the same seed and stream already; if ``relative`` is asked for where
             only shards of the gradient are seen (DeepSpeed's ZeRO; at a step, torch's first FSDP); at a step, if
             ``schedule`` or a ``"noise_scale"`` gives something that is no finite number >= 0.
@@ -118,25 +122,24 @@ class GradientNoiseHandle:
         inner = base_optimizer(optimizer)
         self._zero = None if inner is None else optimizer
         optimizer = optimizer if inner is None else inner
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
-        if not callable(schedule):
-            raise TypeError(f"schedule must be callable: schedule(step) -> standard deviation, got {schedule!r}.")
+        optimizer = stepping_optimizer(optimizer)
+        check_schedule("schedule", schedule)
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
+        if not isinstance(relative, bool):
+            raise TypeError(f"relative must be True or False, got {relative!r}.")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}.")
         if self._zero is not None and relative:
             raise ValueError(_SHARDS)
         if self._zero is not None and model is None:
             raise ValueError("DeepSpeed's flat vectors have no names of parameters: pass model=engine.module.")
-        self.seed = operator.index(seed)
-        self.stream = stream if isinstance(stream, str) else operator.index(stream)
-        for other in _handles(optimizer):
-            if (other.seed, other.stream) == (self.seed, self.stream):
-                raise ValueError(
-                    f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
-                    " double it. Remove that first, or pass another seed or stream."
-                )
-        self.step = 0
+        self.seed, self.stream, self.step = checked_state({"seed": seed, "stream": stream, "step": 0})
+        if any((other.seed, other.stream) == (self.seed, self.stream) for other in _handles(optimizer)):
+            raise ValueError(
+                f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
+                " double it. Remove that first, or pass another seed or stream."
+            )
         self.std: float | None = None
         self.measuring = False
         self.grad_norm: Tensor | None = None
@@ -145,6 +148,7 @@ class GradientNoiseHandle:
         self._model = model
         self._params = params
         self._relative = relative
+        self._norm = 0.0  # of the gradient, for relative noise
         # By the parameters that the optimizer has, and with them, so that no id is used again.
         self._plans: dict[tuple[tuple[int, ...], ...], tuple[NoisePlan, list[nn.Parameter]]] = {}
         self._sees_all = self._zero is None  # whether gradients are whole, or know their whole
@@ -153,29 +157,36 @@ class GradientNoiseHandle:
         self._names: dict[nn.Parameter, str] | None = None
         self._vectors = 0
         self._done: set[int] = set()
-        # The step under way: the frame that runs it, and whether it has got its noise. See `_before_step`.
-        self._frame: FrameType | None = None
+        # Of the step under way, or of one that raised: whether there were gradients, and which ones have the noise.
         self._added = False
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._marks: list[Mark] = []
+        self._hooks = StepHooks(optimizer, begin=self._begin_step, gradients=self._add_noise, end=self._finish_step)
+        self._loading = optimizer.register_load_state_dict_pre_hook(_keep_noise_scales)
+        self._optimizer = weakref.ref(optimizer)
+        _ATTACHED.setdefault(optimizer, []).append(weakref.ref(self))
 
     def remove(self) -> None:
-        """Take the noise off the optimizer; again has no effect."""
-        for hook in self._hooks:
-            hook.remove()
-        self._frame = None
+        """Take the noise off the optimizer, and forget the model; again has no effect."""
+        self._hooks.remove()
+        self._loading.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _ATTACHED[optimizer] = [each for each in _ATTACHED.get(optimizer, []) if each() not in (None, self)]
+        self._model = self._params = self._names = self._zero = None
+        self._plans.clear()
+        self._marks.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t: plain numbers and strings."""
         return {"seed": self.seed, "stream": self.stream, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the seed, the stream and the t of :meth:`state_dict`."""
-        stream = state["stream"]
-        self.stream = stream if isinstance(stream, str) else operator.index(stream)
-        self.seed, self.step = operator.index(state["seed"]), operator.index(state["step"])
+        """Go on with the seed, the stream and the t of :meth:`state_dict`.
+
+        Raises:
+            ValueError: if ``state`` is something else; nothing has changed then.
+        """
+        self.seed, self.stream, self.step = checked_state(state)
         self._done.clear()
 
     def __enter__(self) -> GradientNoiseHandle:
@@ -184,36 +195,13 @@ class GradientNoiseHandle:
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A subclass whose step() calls super().step() fires the hooks again, inside: torch wraps both methods.
-        # The first call's frame tells: it is still running. (A flag would stay up after an exception.)
-        caller = sys._getframe(1)
-        if self._frame is not None and _is_running(self._frame, caller):
-            return None
-        self._frame, self._added = caller, False
+    def _begin_step(self, optimizer: Optimizer) -> None:
+        self._added = False
         if self._zero is not None and not self._done.isdisjoint(_vectors(optimizer)):
             self._end_step()  # one that ended early
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._add_noise(optimizer)
-            return None
 
-        # Backward and clipping happen in the closure. LBFGS evaluates it several times: the same noise each time.
-        def noisy_closure() -> Any:
-            result = closure()
-            self._add_noise(optimizer)
-            return result
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": noisy_closure}
-        return (args[0], noisy_closure, *args[2:]), kwargs
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is not sys._getframe(1):
-            return
-        self._frame = None
+    def _finish_step(self, optimizer: Optimizer) -> None:
+        self._marks.clear()
         if self._zero is None:
             self.step += self._added
             return
@@ -230,6 +218,12 @@ class GradientNoiseHandle:
     @torch.no_grad()
     def _add_noise(self, optimizer: Optimizer) -> None:
         """Add the noise of the present t to every gradient of the optimizer."""
+        if not optimizer.param_groups:  # as of what stands for no optimizer in Lightning
+            return
+        # A closure that was evaluated for its loss alone, or a step that raised after the noise and is tried again.
+        if unchanged(self._marks):
+            self._added = True
+            return
         # Set while a gradient scaler leaves the unscaling, and the skipping, to a fused step.
         if (overflow := getattr(optimizer, "found_inf", None)) is not None and overflow.item():
             return
@@ -244,9 +238,8 @@ class GradientNoiseHandle:
         scales = [_noise_scale(group) for group in optimizer.param_groups]
         if self._relative:
             count = plan.noise_norm([float(group_scale > 0) for group_scale in scales])
-            norm = 0.0 if self.grad_norm is None else float(self.grad_norm)
-            rms = norm / count if count and math.isfinite(norm) else 0.0
-            stds = [std * rms for std in stds]
+            rms = self._norm / count if count and math.isfinite(self._norm) else 0.0
+            stds = [self._checked(std * rms) for std in stds]
         std = stds[0]
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
         if self._sees_all and (self.measuring or self._relative):
@@ -257,16 +250,18 @@ class GradientNoiseHandle:
                 self.std = std
         elif added or not self._sees_all:  # a rank's flat shards may be empty, and ranks are to agree on t
             self._added, self.std = True, std
+        if handles[-1] is self and self._zero is None:
+            for handle in handles:
+                handle._marks = handle._current_plan(optimizer).marks()
 
     def _measure(self, optimizer: Optimizer, scale: float) -> None:
         """Measure the norm of the gradients, which are multiplied by ``scale``, if it is asked for."""
         gradients = self.gradients(optimizer) if self.measuring or self._relative else []
         if self._relative and not self._sees_all:
             raise ValueError(_SHARDS)
+        self._norm = wide_norm(gradients) / scale if self._relative else 0.0
         if gradients:
             self.grad_norm = total_norm(gradients) / scale
-        elif self._relative:
-            self.grad_norm = None
 
     def _stds(self, groups: list[dict[str, Any]]) -> list[float]:
         """σ of the present step for each parameter group, without its ``"noise_scale"``."""
@@ -283,7 +278,7 @@ class GradientNoiseHandle:
         std = float(std)
         if not 0 <= std <= torch.finfo(torch.float32).max:
             raise ValueError(
-                f"The schedule must return a finite standard deviation >= 0, got {std!r} at step {self.step}."
+                f"The standard deviation must be >= 0 and a finite float32, got {std!r} at step {self.step}."
             )
         return std
 
@@ -333,7 +328,7 @@ class GradientNoiseHandle:
             warnings.warn(f"params chooses none of the optimizer's {len(seen)} parameters.", stacklevel=2)
         shards = {} if model is None else flat_shards(model)
         self._sees_all = not shards
-        return NoisePlan(chosen, groups, shards)
+        return NoisePlan(chosen, groups, shards, _padding(model))
 
     def _make_flat_plan(self, optimizer: Optimizer, names: dict[nn.Parameter, str]) -> NoisePlan:
         """The plan for the flat vectors that DeepSpeed has given to the optimizer for the present call."""
@@ -342,13 +337,15 @@ class GradientNoiseHandle:
         if self._names is None:
             self._names = self._chosen_names(names)
         chosen: dict[str, Fragment] = {}
-        groups = []
+        groups, rows, padding = [], _padding(unwrapped(self._model)), {}
         for index, group in enumerate(optimizer.param_groups):
             for parameter, fragment in (item for vector in group["params"] for item in vectors[vector]):
                 if parameter in self._names:
                     chosen[self._names[parameter]] = fragment
                     groups.append(index)
-        return NoisePlan(chosen, groups, {fragment: fragment.start for fragment in chosen.values()})
+                    if parameter in rows:
+                        padding[fragment] = rows[parameter]
+        return NoisePlan(chosen, groups, {fragment: fragment.start for fragment in chosen.values()}, padding)
 
     def _chosen_names(self, names: dict[nn.Parameter, str]) -> dict[nn.Parameter, str]:
         """Of all parameters that DeepSpeed trains, on whatever rank, those that get noise."""
@@ -365,6 +362,15 @@ class GradientNoiseHandle:
         return chosen
 
 
+def _padding(model: nn.Module | None) -> dict[nn.Parameter, tuple[int, int]]:
+    """By the weight of an embedding the first element of its padding row, and the row's length."""
+    return {
+        cast(nn.Parameter, module.weight): (module.padding_idx * module.embedding_dim, module.embedding_dim)
+        for module in ([] if model is None else model.modules())
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
+    }
+
+
 def _vectors(optimizer: Optimizer) -> list[int]:
     """The identities of what an optimizer has."""
     return [id(vector) for group in optimizer.param_groups for vector in group["params"]]
@@ -378,14 +384,32 @@ def _noise_scale(group: dict[str, Any]) -> float:
     return scale
 
 
+# The noises of each optimizer, in the order in which they are added. (An optimizer's hooks keep them alive.)
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[GradientNoiseHandle]]] = weakref.WeakKeyDictionary()
+
+
 def _handles(optimizer: Optimizer) -> list[GradientNoiseHandle]:
-    """The noises of an optimizer, in the order in which they are added."""
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
-    return [owner for owner in owners if isinstance(owner, GradientNoiseHandle)]
+    return [handle for each in _ATTACHED.get(optimizer, []) if (handle := each()) is not None]
 
 
-def _is_running(frame: FrameType, inner: FrameType | None) -> bool:
-    """Whether ``frame`` is ``inner`` or one of its callers."""
-    while inner is not None and inner is not frame:
-        inner = inner.f_back
-    return inner is not None
+def checked_state(state: Any) -> tuple[int, int | str, int]:
+    """Seed, stream and t of a state."""
+    try:
+        seed, stream, step = state["seed"], state["stream"], state["step"]
+        stream = plain(stream)
+        if (step := operator.index(step)) >= 0:
+            return operator.index(seed), stream, step
+    except (KeyError, TypeError, IndexError):
+        pass
+    raise ValueError(
+        f'Gradient noise has a state of {{"seed": int, "stream": int or str, "step": int >= 0}}, got {state!r}.'
+    )
+
+
+def _keep_noise_scales(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Let parameter groups have their ``"noise_scale"`` also after loading a state from before they had one."""
+    groups = list(state["param_groups"])
+    for i, (present, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):  # torch compares lengths
+        if "noise_scale" in present:
+            groups[i] = {"noise_scale": present["noise_scale"], **saved}
+    return {**state, "param_groups": groups}

@@ -8,6 +8,7 @@ numbers are drawn in batches that fit the cache, for many small gradients at onc
 from __future__ import annotations
 
 import operator
+import weakref
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lightning_noisy.engine.deepspeed import Fragment
 from lightning_noisy.functional.gaussian import Runs, kernel, signed, stream_key, substream
 
-__all__ = ["NoisePlan", "total_norm"]
+__all__ = ["Mark", "NoisePlan", "unchanged"]
 
 Parameter = nn.Parameter | Fragment
+
+# A parameter, its gradient, and how often that had been changed in place.
+Mark = tuple[Parameter, weakref.ref[Tensor], int]
 
 _MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart, and rows of any block
 _MOST_IN_PLACE = 1 << 20  # elements of a block that has rows, and gets the numbers where it is
@@ -50,6 +54,8 @@ class NoisePlan:
         parameters: the parameters by name.
         groups: the index of each parameter's group, whose σ it gets; by default 0.
         shards: for parameters that are flat shards, the index of the first element in the whole.
+        padding: for weights of embeddings with a padding row, the index of its first element in the whole, and its
+            length: it gets no noise as long as its gradient is zero.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class NoisePlan:
         parameters: Mapping[str, Parameter],
         groups: list[int] | None = None,
         shards: Mapping[Any, int] | None = None,
+        padding: Mapping[Any, tuple[int, int]] | None = None,
     ) -> None:
         places = [
             _Place(p, group, signed(substream((0, 0), name)[0]), (shards or {}).get(p, 0))
@@ -65,6 +72,7 @@ class NoisePlan:
         self._places = sorted(places, key=lambda place: place.group)
         indices = [place.group for place in self._places]
         self._spans = {group: slice(bisect_left(indices, group), bisect_right(indices, group)) for group in {*indices}}
+        self._padded = [(p, *padding[p.parameter]) for p in self._places if p.parameter in padding] if padding else []
         self._parameters = [place.parameter for place in self._places]
         self._sizes = [parameter.numel() for parameter in self._parameters]
         starts, offsets = ([getattr(place, name) for place in self._places] for name in ("start", "offset"))
@@ -73,6 +81,14 @@ class NoisePlan:
     def gradients(self, scales: list[float]) -> list[Tensor]:
         """The gradients that are there, of the groups whose scale is not 0."""
         return [g for place in self._places if (g := place.parameter.grad) is not None and scales[place.group]]
+
+    def marks(self) -> list[Mark]:
+        """What shows later whether the gradients are those of now: of up to 16, since a backward pass makes all."""
+        sample: list[Parameter] = [
+            p for p in self._parameters[:: 1 + len(self._parameters) // 16] if p.grad is not None
+        ]
+        sample = sample or [p for p in self._parameters if p.grad is not None][:1]
+        return [(p, weakref.ref(g), g._version) for p in sample if (g := p.grad) is not None]
 
     def noise_norm(self, stds: list[float]) -> float:
         """Root of the expected squared norm of the noise on the gradients that are there."""
@@ -113,14 +129,15 @@ class NoisePlan:
         if any(pointers) and kernel() is None:
             pointers = [0] * len(pointers)
         others = []
-        if 0 in pointers or len(set(pointers)) < len(pointers):
-            # Some need another way: also gradients that several parameters share, at which threads would race.
-            taken = {0}
+        taken = set(pointers)
+        if 0 in pointers or len(taken) < len(pointers):
+            # Some need another way: also gradients that several parameters share, of which each gets its own.
+            seen = {0}
             for i, (place, pointer) in enumerate(zip(self._places, pointers, strict=True)):
-                if pointer in taken:
+                if pointer in seen:
                     pointers[i] = 0
                     others += [place] * (gradients[i] is not None)
-                taken.add(pointer)
+                seen.add(pointer)
         alike: dict[tuple[torch.device, float], list[_Place]] = {}
         for place in others:
             if not stds[place.group]:
@@ -128,8 +145,15 @@ class NoisePlan:
             gradient = _checked_gradient(place.parameter)
             if isinstance(gradient, FakeTensor):
                 continue  # without values
+            if gradient.layout == torch.strided and (address := _local(gradient).data_ptr()):
+                if address in taken:
+                    gradient = gradient.clone()
+                    place.parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
+                taken.add(address)
             std = stds[place.group] * (sqrt(0.5) if gradient.is_complex() else 1.0)
             alike.setdefault((gradient.device, std), []).append(place)
+        rows = [row for padded in self._padded for row in _padding_row(*padded)]
+        before = [row.clone() for row in rows]
         if any(pointers):
             runs, where = self._runs.moved(first), torch.frombuffer(array("q", pointers), dtype=torch.int64)
             for group, span in self._spans.items():
@@ -145,30 +169,17 @@ class NoisePlan:
                 for tensor, starts in _blocks(place.parameter, place.start):
                     batch.add(tensor, starts, first + place.offset)
             batch.flush()
+        for row, was in zip(rows, before, strict=True):
+            row.copy_(torch.where(was.any(), row, was))
         return any(gradient is not None for gradient in gradients)
 
 
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, whole ones and shards: a 0-dimensional float32 tensor, on all ranks."""
-    groups: dict[object, list[Tensor]] = {}
-    norms = []
-    for gradient in gradients:
-        dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
-            parts = (dense,)
-            if not isinstance(dense, DTensor):  # little memory
-                ordered = dense.permute(sorted(range(dense.dim()), key=dense.stride().__getitem__, reverse=True))
-                parts = ordered.view(-1).split(_MOST_AT_ONCE) if ordered.is_contiguous() else parts
-            norms.append(torch.nn.utils.get_total_norm([torch.nn.utils.get_total_norm([p.float()]) for p in parts]))
-            continue
-        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else gradient.device
-        groups.setdefault(kind, []).append(dense)
-    norms += [torch.nn.utils.get_total_norm(group) for group in groups.values()]
-    reduced = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not reduced:
-        return torch.zeros(())
-    norm: Tensor = torch.stack([part.to(reduced[0].device, torch.float32) for part in reduced]).norm()
-    return norm
+def unchanged(marks: list[Mark]) -> bool:
+    """Whether there are marks, and all gradients are those of then."""
+    return bool(marks) and all(
+        (gradient := then()) is not None and parameter.grad is gradient and gradient._version == version
+        for parameter, then, version in marks
+    )
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -257,14 +268,44 @@ def _checked_gradient(parameter: Parameter) -> Tensor:
         parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
-    elif any(step == 0 and size > 1 for step, size in zip(gradient.stride(), gradient.shape, strict=True)):
-        raise TypeError(
-            f"A gradient of shape {tuple(gradient.shape)} is expanded: its elements share memory. Clone it."
-        )
+    elif _overlaps(gradient):  # expanded, for one
+        gradient = gradient.contiguous()
+        parameter.grad = gradient  # type: ignore[misc]
     elif gradient.is_conj() or gradient.is_neg():  # views, of which autograd makes some of complex parameters
         gradient = gradient.resolve_conj().resolve_neg()
         parameter.grad = gradient  # type: ignore[misc]
     return gradient
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several elements may lie at one place in memory."""
+    end = 0
+    for step, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if step <= end:
+            return tensor.numel() > 0
+        end += step * (size - 1)
+    return False
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _padding_row(place: _Place, first: int, count: int) -> Iterator[Tensor]:
+    """The part of an embedding's gradient that is its padding row, if it is here."""
+    gradient = place.parameter.grad
+    if gradient is None or gradient.is_sparse or isinstance(gradient, FakeTensor):  # torch leaves it out of sparse ones
+        return
+    if gradient.dim() == 1:  # a flat shard
+        begin, end = first - place.start, first + count - place.start
+        if end > 0 and begin < gradient.numel():
+            yield gradient[max(begin, 0) : end]
+        return
+    row = first // count
+    if isinstance(gradient, DTensor):
+        row -= compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)[1][0]
+    if 0 <= row < len(local := _local(gradient)):
+        yield local[row]
 
 
 def _blocks(parameter: Parameter, start: int) -> Iterator[tuple[Tensor, list[int] | Tensor]]:

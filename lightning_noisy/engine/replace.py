@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -17,20 +14,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_noisy.engine.batch_norm import buffer, strip
-from lightning_noisy.engine.place import Record, place
-from lightning_noisy.engine.sites import GATE_OR_OUTPUT, ActivationSite, ActivationSites, activation_sites
+from lightning_noisy.engine.origin import Origin, fingerprint
+from lightning_noisy.engine.place import place
+from lightning_noisy.engine.policy import New, Policy, Replacement, Rule
+from lightning_noisy.engine.record import Record
+from lightning_noisy.engine.sites import ActivationSite, ActivationSites, activation_sites
 from lightning_noisy.engine.snapshot import Snapshot
+from lightning_noisy.engine.untrained import watch
 from lightning_noisy.nn import registry
+from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 
-__all__ = ["Replacement", "Rule", "check_replacement", "replace_activations", "restore_activations"]
-
-# What a site may be replaced with, and what `replace_activations` takes: also a mapping from a plain function's name.
-_New = str | type[nn.Module] | Callable[[ActivationSite], nn.Module]
-Replacement = _New | Mapping[str, _New]
-
-# Which sites are meant: a pattern of names, a class of modules, a predicate, or several of them.
-Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]
+__all__ = ["replace_activations", "restore_activations", "swap"]
 
 # What hooks on a module consist of.
 _HOOKS = (
@@ -42,29 +37,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def check_replacement(to: Replacement) -> None:
-    """Raise a TypeError or a ValueError unless ``to`` is something that activations can be replaced with."""
-    if isinstance(to, Mapping):
-        for old, new in to.items():
-            registry.check_name(old, registry.PLAIN, what="the name of a plain activation function")
-            if isinstance(new, Mapping):
-                raise TypeError(f"A mapping's values must be names, classes or callables, got {new!r} for {old!r}.")
-            check_replacement(new)
-    elif isinstance(to, str):
-        registry.check_name(registry.parse(to)[0], registry.names(), what="the name of an activation")
-    elif isinstance(to, nn.Module):
-        raise TypeError(
-            f"An instance can't be used at every site, got {to!r}. Pass its class, or a function that makes one:"
-            " lambda site: ..."
-        )
-    elif not callable(to):
-        raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got {to!r}.")
-    elif getattr(to, "__name__", None) in registry.PLAIN and not inspect.isclass(to):
-        raise TypeError(f"to is a function of tensors, {to!r}. Pass its name, {to.__name__!r}, in its place.")
-    elif inspect.isclass(to) and not issubclass(to, nn.Module):
-        raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got the class {to!r}.")
 
 
 def replace_activations(
@@ -88,7 +60,13 @@ def replace_activations(
     an attribute has its replacement there; calls in code go to a child ``activation_calls`` of the module whose code it
     is, whose class is written anew for that. Each replacement takes over training flag, device, hooks and the in-place
     behaviour; its new parameters have the dtype of their neighbours and need gradients if those do. Either all places
-    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing.
+    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing,
+    where functions count as the same by their code, defaults and closure.
+
+    Best called in the model's ``__init__``, when its layers are there: its optimizer then has the new parameters, and
+    its checkpoints load as any. Those of a model that was changed from outside load with
+    :func:`lightning_noisy.load_replaced`. A ``state_dict`` says in its metadata what was replaced with what; loading it
+    into a model where that is otherwise is an error, unless ``strict=False``.
 
     A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
     multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or of which it isn't
@@ -126,7 +104,8 @@ def replace_activations(
         ValueError: if a name or an option is unknown, or the model can't be changed any more.
 
     Warns:
-        UserWarning: if nothing was replaced, or something could not be looked into.
+        UserWarning: if nothing was replaced, something could not be looked into, or a pattern matches no activation;
+            at an optimizer's first steps, if it trains everything but the new parameters, since it was made before.
 
     >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     Sequential(
@@ -134,49 +113,68 @@ def replace_activations(
       (1): NReLU(relu, momentum=0.1, bounds=(0.2, 5.0), max_rejections=10)
     )
     """
-    check_replacement(to)
-    if keep_last < 0:
-        raise ValueError(f"keep_last must be >= 0, got {keep_last!r}.")
-    if batchnorm_affine not in ("keep", "strip"):
-        raise ValueError(f'batchnorm_affine must be "keep" or "strip", got {batchnorm_affine!r}.')
+    policy = Policy(to, gates, outputs, after_residual, keep_last, include, exclude, batchnorm_affine, buffer_batchnorm)
+    return swap(model, policy, example_inputs)[0]
+
+
+def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[nn.Module, list[nn.Module]]:
+    """Do what :func:`replace_activations` says; also returns what is now in all places that the policy chooses."""
     _check_replaceable(model)
     inside = model._orig_mod if isinstance(model, OptimizedModule) else model
     sites = activation_sites(inside, example_inputs)
-    policy = _Policy(to, gates, outputs, after_residual, include, exclude)
-    chosen = {site.name: new for site in sites if (new := policy.choose(site)) is not None}
-    kept = sorted((site for site in sites if site.name in chosen), key=lambda site: site.order)[
-        -keep_last or len(sites) :
-    ]
-    chosen = {name: new for name, new in chosen.items() if name not in {site.name for site in kept}}
+    for reason in policy.unmatched(sites):
+        warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
+    chosen = policy.chosen(inside, sites)
     if not chosen:
-        _warn_unchanged(inside, sites, to)
-        return model
+        _warn_unchanged(inside, sites, policy.to)
+        return model, []
     heirs: dict[nn.Module, nn.Module] = {}
-    made = {site.name: _make(site, chosen[site.name], inside, heirs) for site in sites if site.name in chosen}
-    if "" in made:
-        return made[""]
-    made = {site.name: made[site.name] for site in sites if made.get(site.name) not in (None, site.module)}
-    if not made:
-        return model
-    snapshot = Snapshot(inside)
-    record = Record.of(inside)
+    there: dict[str, nn.Module] = {}
+    for site in sites:
+        if site.name in chosen:
+            assert site.module is not None
+            new = chosen[site.name]
+            there[site.name] = (
+                site.module if new is None or policy.keeps(inside, site, new) else _make(site, new, inside, heirs)
+            )
+    if "" in there:
+        return there[""], [there[""]]
+    made = {site.name: there[site.name] for site in sites if there.get(site.name) not in (None, site.module)}
+    if made:
+        _put(inside, sites, made, policy, chosen)
+        watch(inside, made.values())
+    for site in sites:
+        if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
+            folded = (origin := Origin.of(site.module)) is not None and origin.folded
+            Origin(policy.call, policy.of_to, fingerprint(new), folded).leave(there[site.name])
+    if made and sites.not_seen:
+        warnings.warn(
+            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what it could not look into:"
+            f" {_joined(sites)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return model, list(there.values())
+
+
+def _put(
+    model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy, chosen: dict[str, New | None]
+) -> None:
+    """Put the modules into their places, all or none."""
+    snapshot = Snapshot(model)
+    record = Record.of(model)
     try:
-        place(inside, sites, made, record)
-        if batchnorm_affine == "strip":
-            strip(inside, [site for site in sites if site.name in made], record)
-        if buffer_batchnorm:
-            buffer(inside, buffer_batchnorm, record)
+        place(model, sites, made, record)
+        if policy.batchnorm_affine == "strip":
+            strip(model, [site for site in sites if site.name in made], record)
+        if policy.buffer_batchnorm:
+            buffer(model, policy.buffer_batchnorm, record)
+        record.add(made, policy, chosen)
+        record.keep(model)
     except BaseException:
         record.remove_new_hooks()
         snapshot.restore()
         raise
-    if sites.not_seen:
-        warnings.warn(
-            f"replace_activations({type(inside).__name__}, {to!r}) left what it could not look into: {_joined(sites)}.",
-            UserWarning,
-            stacklevel=2,
-        )
-    return model
 
 
 def restore_activations(model: nn.Module) -> nn.Module:
@@ -190,7 +188,7 @@ def restore_activations(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if nothing was replaced in it.
+        ValueError: if nothing was replaced in it, or its normalization was folded.
 
     >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     >>> restore_activations(model)[1]
@@ -216,48 +214,7 @@ def _check_replaceable(model: object) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """What is to be replaced with what."""
-
-    to: Replacement
-    gates: bool
-    outputs: bool
-    after_residual: bool
-    include: Rule | None
-    exclude: Rule | None
-
-    def choose(self, site: ActivationSite) -> _New | None:
-        """What the site is replaced with, or None if it stays."""
-        if site.kind == "recurrent" or (site.after_residual and not self.after_residual):
-            return None
-        if self.include is not None and not _matches(site, self.include):
-            return None
-        if self.exclude is not None and _matches(site, self.exclude):
-            return None
-        to = self.to
-        if isinstance(to, Mapping):
-            return to.get(site.function)
-        if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
-            return None
-        if site.is_gate and not self.gates:
-            return None
-        # A function without a name here may be anything.
-        may_be_either = (site.function in GATE_OR_OUTPUT or site.function not in registry.PLAIN) and site.name != ""
-        return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
-
-
-def _matches(site: ActivationSite, rule: Rule) -> bool:
-    if isinstance(rule, str):
-        return fnmatch.fnmatchcase(site.name, rule)
-    if inspect.isclass(rule):
-        return isinstance(site.module, rule)
-    if callable(rule):
-        return bool(rule(site))
-    return any(_matches(site, each) for each in rule)
-
-
-def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Module, nn.Module]) -> nn.Module:
+def _make(site: ActivationSite, new: New, model: nn.Module, heirs: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module that takes the site's place: the present one, if it is the same already.
 
     ``heirs`` has the first replacement of each instance: it inherits the hooks, the others get copies.
@@ -277,8 +234,7 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
             )
         module.inplace = True  # type: ignore[assignment]
     # Only a name or a class says all about a module; two callables may differ in what no repr shows.
-    is_same = isinstance(new, str) or inspect.isclass(new)
-    if module is old or (is_same and type(module) is type(old) and repr(module) == repr(old)):
+    if module is old or ((isinstance(new, str) or inspect.isclass(new)) and _is_alike(module, old)):
         return old
     if neighbours:
         module.to(neighbours[0].device)
@@ -299,7 +255,17 @@ def _make(site: ActivationSite, new: _New, model: nn.Module, heirs: dict[nn.Modu
     return module
 
 
-def _instantiate(site: ActivationSite, new: _New) -> nn.Module:
+def _is_alike(module: nn.Module, old: nn.Module) -> bool:
+    """Whether two modules are of the same class and options; c of a noisy one counts as it was at the start."""
+    if isinstance(module, NoisyActivation) and isinstance(old, NoisyActivation):
+        if module._first_c != old._first_c:
+            return False
+        old = copy.copy(old)
+        old.__dict__["_buffers"] = {**old._buffers, "c": module.c}
+    return type(module) is type(old) and repr(module) == repr(old)
+
+
+def _instantiate(site: ActivationSite, new: New) -> nn.Module:
     name, options = registry.parse(new) if isinstance(new, str) else ("", {})
     assert site.module is not None
     if name == "normalized":
@@ -341,4 +307,4 @@ def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -
     what = f"replace_activations({type(model).__name__}, {to!r}) replaced nothing."
     if sites.not_seen:
         hint += f" Not looked into: {_joined(sites)}."
-    warnings.warn(f"{what} {hint}", UserWarning, stacklevel=3)
+    warnings.warn(f"{what} {hint}", UserWarning, stacklevel=4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import operator
 import os
 import warnings
 from functools import cache
@@ -62,8 +63,17 @@ def stream_key(*parts: int | str) -> Key:
     >>> stream_key(0, "weight", 1) == stream_key(0, "weight", 1) != stream_key(0, "weight", 2)
     True
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(repr(tuple(map(plain, parts))).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def plain(part: int | str) -> int | str:
+    """An int or a str, of whatever subclass (an enum, NumPy's), as a plain one.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    return str.__str__(part) if isinstance(part, str) else operator.index(part)
 
 
 def substream(key: Key, name: str) -> Key:
@@ -236,13 +246,10 @@ def _add_run(library: ctypes.CDLL, out: Tensor, key: Key, start: int, std: float
 
 
 @cache
-def kernel() -> ctypes.CDLL | None:
-    """The compiled ``gaussian.c``; None, with a warning, where it can't be had; None if it is forbidden.
-
-    ``LIGHTNING_NOISY_KERNEL=0`` forbids it.
-    """
+def _kernel() -> tuple[ctypes.CDLL | None, list[str]]:
+    """The compiled ``gaussian.c``, or what is left to say of why it can't be had."""
     if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
-        return None
+        return None, []
     try:
         library = compiled(Path(__file__).with_name("gaussian.c"))
         function = library.add_gaussian
@@ -251,16 +258,27 @@ def kernel() -> ctypes.CDLL | None:
         numbers = torch.zeros(4099, dtype=torch.float32, device="cpu")
         _add_run(library, numbers, (7, 13), 11, 0.3)
         if torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
-            return library
-        reason = "compiled, it gives other numbers than torch's operations"
+            return library, []
+        return None, ["compiled, it gives other numbers than torch's operations"]
     except (CompileError, AttributeError) as error:
-        reason = str(error)
-    warnings.warn(
-        "Noise on the CPU is drawn by torch's operations, some ten times as slowly as by the kernel, which a C compiler"
-        f" (cc, or $CC) makes: {reason}. LIGHTNING_NOISY_KERNEL=0 does without it, and without this warning.",
-        stacklevel=2,
-    )
-    return None
+        return None, [str(error)]
+
+
+def kernel() -> ctypes.CDLL | None:
+    """The compiled ``gaussian.c``; None, with one warning, where it can't be had; None if it is forbidden.
+
+    ``LIGHTNING_NOISY_KERNEL=0`` forbids it.
+    """
+    library, reasons = _kernel()
+    if reasons:
+        reason = reasons.pop()  # before the warning, which may be made an error
+        warnings.warn(
+            "Noise on the CPU is drawn by torch's operations, some ten times as slowly as by the kernel, which a C"
+            f" compiler (cc, or $CC) makes: {reason}. LIGHTNING_NOISY_KERNEL=0 does without it, and without this"
+            " warning.",
+            stacklevel=3,
+        )
+    return library
 
 
 def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:

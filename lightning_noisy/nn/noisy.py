@@ -143,9 +143,19 @@ class NoisyActivation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoisyActivation:
         c = self.c
         super()._apply(fn, recurse)
-        if self.c.dtype != torch.float32:  # half precision would round an annealed c
+        if c.is_meta and not self.c.is_meta:  # no state_dict brings it later
+            self.c = self._initial_c(self.c.device)
+        elif self.c.dtype != torch.float32:  # half precision would round an annealed c
             self.c = c.to(self.c.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if self.c.is_meta and not self.noise_state.is_meta:  # load_state_dict(assign=True)
+            self.c = self._initial_c(self.noise_state.device)
+
+    def _initial_c(self, device: torch.device) -> Tensor:
+        return torch.full((), self._first_c, dtype=torch.float32, device=device)
 
     def extra_repr(self) -> str:
         """Options as keyword arguments."""

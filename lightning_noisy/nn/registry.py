@@ -9,13 +9,24 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_noisy.nn.gpn import GPNActivation
 from lightning_noisy.nn.noisy import NAH, NAN, NANI, NANIL, NANIS, NoisyActivation
 from lightning_noisy.nn.normalized import NLeakyReLU, NormalizedActivation, NReLU, NSwish
 
-__all__ = ["check_name", "create", "describe", "function_name", "names", "parse", "register", "unregister"]
+__all__ = [
+    "check_name",
+    "check_spec",
+    "create",
+    "describe",
+    "function_name",
+    "names",
+    "parse",
+    "register",
+    "unregister",
+]
 
 # The elementwise activations of torch.nn, each by the name of its function in torch.nn.functional.
 PLAIN: dict[str, type[nn.Module]] = {
@@ -165,6 +176,54 @@ def check_name(name: str, known: Iterable[str], *, what: str) -> None:
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are: {', '.join(known)}."
     raise ValueError(f"{name!r} is not {what}. {hint}")
+
+
+def check_spec(spec: str) -> None:
+    """Raise a ValueError unless :func:`create` can make ``spec``, a name with or without options.
+
+    >>> check_spec("nah(alpha=1.15)")
+    >>> check_spec("nah(alhpa=1.15)")
+    Traceback (most recent call last):
+    ValueError: 'nah' has no option 'alhpa'. Did you mean 'alpha'? It has: alpha, c, inplace, noise, num_parameters.
+    """
+    name, options = parse(spec)
+    check_name(name, names(), what="the name of an activation")
+    known = _options(name)
+    for option in options:
+        if known is not None and option not in known:
+            close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name!r} has no option {option!r}.{hint} It has: {', '.join(sorted(known)) or 'none'}.")
+    if options and name not in _registered:  # of which it isn't known what making one does
+        try:
+            with torch.random.fork_rng([]):
+                create(spec)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{spec!r} can't be made: {error}") from error
+
+
+def _options(name: str) -> list[str] | None:
+    """The options that a name may have, or None if that isn't known."""
+    if name in _registered:
+        factory, own = _registered[name], set[str]()
+    else:
+        own = {"function", "device", "dtype"}  # the site says them
+        factory = GPNActivation if name in _GPN else (PLAIN | NORMALIZED | NOISY).get(name, NormalizedActivation)
+    found: list[str] = []
+    for cls in factory.__mro__[:-1] if inspect.isclass(factory) else (factory,):
+        if inspect.isclass(cls) and cls.__init__ is nn.Module.__init__:
+            return found
+        try:
+            parameters = inspect.signature(cls.__init__ if inspect.isclass(cls) else cls).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        named = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        found += [each for each in named if each != "self" and each not in {*own, *found}]
+        if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+            return found
+        if name in _registered:
+            return None
+    return None
 
 
 def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options: Any) -> nn.Module:

@@ -294,7 +294,15 @@ def test_gradient_noise_does_nothing_outside_fit():
         ({"gamma": float("nan")}, ValueError, "gamma must be a finite number >= 0, got nan"),
         ({"eta": "0.1"}, TypeError, "eta must be a number, got '0.1' of type str"),
         ({"schedule": 0.1}, TypeError, "schedule must be callable"),
+        ({"schedule": InverseDecay}, TypeError, r"got the class InverseDecay. Use InverseDecay\(...\)"),
+        ({"eta": 1.0, "schedule": Constant(0.1)}, ValueError, "takes the place of eta and gamma, got eta=1.0"),
+        ({"gamma": 1, "schedule": Constant(0.1)}, ValueError, "Leave out one or the other"),
         ({"seed": 1.5}, TypeError, "seed must be an int or None, got 1.5"),
+        ({"seed": True}, TypeError, "seed must be an int or None, got True"),
+        ({"name": 3}, TypeError, "name must be a str, got 3 of type int"),
+        ({"relative": "no"}, TypeError, "relative must be True or False, got 'no'"),
+        ({"prog_bar": 1}, TypeError, "prog_bar must be True or False, got 1"),
+        ({"params": "weight"}, TypeError, "params must be callable"),
     ],
 )
 def test_gradient_noise_refuses_bad_arguments_at_once(options, error, message):

@@ -295,7 +295,7 @@ def test_instances_find_their_state_by_name_in_any_order_and_with_any_schedule(t
     with pytest.warns(UserWarning, match=r"has no state of GradientNoise\{'name': 'b'\}: its noise starts at t = 0"):
         trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "a.ckpt")
     states = [callback.state_dict()["optimizers"][0] for callback in both]
-    assert states == [{"seed": 0, "stream": "b.0", "step": 2}, {"seed": 0, "stream": "a.0", "step": 4}]
+    assert states == [{"seed": 0, "stream": "'b'.0", "step": 2}, {"seed": 0, "stream": "'a'.0", "step": 4}]
 
 
 def test_two_instances_never_add_the_same_noise(tmp_path):

@@ -1,9 +1,12 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_noisy import fold_normalization, replace_activations
-from lightning_noisy.nn import NormalizedActivation, NSwish
+from lightning_noisy import fold_normalization, replace_activations, restore_activations
+from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
 
 
 def trained(model, x, to="nsw"):
@@ -132,6 +135,74 @@ def test_a_model_that_does_what_can_not_be_seen_is_left_as_it_was():
     assert torch.equal(model(x), expected)
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Flaky(nn.Module):
+    """Fails in one of its calls, or returns something of another structure."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False)
+        self.way, self.calls = way, 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.last(self.act(self.first(x)))
+        if self.calls == 2 and self.way == "structure":
+            return y, y
+        if self.calls == 2:
+            raise self.way("second pass")
+        return y
+
+
+@pytest.mark.parametrize("way", [MemoryError, KeyboardInterrupt, "structure"])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_an_error_in_the_second_forward_pass_leaves_the_model_as_it_was(way, swapped):
+    torch.manual_seed(0)
+    model, x = Flaky(way), torch.randn(32, 4)
+    if swapped:
+        replace_activations(model, "nrelu")
+    else:
+        model.act = NReLU()
+    model(x)
+    model.calls = 5
+    expected, state = model.eval()(x), {name: value.clone() for name, value in model.state_dict().items()}
+    modules = list(model.modules())
+    model.calls = 0
+    with pytest.raises(ValueError if way == "structure" else way):
+        fold_normalization(model, x)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("again", [None, "nsw", "nrelu"])
+def test_folded_activations_are_not_restored(clone, again):
+    x = torch.randn(32, 4)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Flatten(0), nn.Softmax(0)]
+    model = trained(nn.Sequential(nn.Sequential(*layers[:4]), *layers[4:]), x)
+    unfolded = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="stay normalized: 0.3"):
+        model = clone(fold_normalization(model.eval(), x))
+    if again is not None:
+        replace_activations(model, again)
+    output = model(x)
+    with pytest.raises(ValueError, match=r"put the normalization of 0\.1 into the weights of the next.*Restore before"):
+        restore_activations(model)
+    assert torch.equal(model(x), output)
+    assert type(restore_activations(unfolded)[0][1]) is nn.ReLU
+
+
+def test_the_same_replacement_leaves_what_was_folded():
+    x = torch.randn(32, 4)
+    model = trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), x).eval()
+    expected = fold_normalization(model, x)(x)
+    replace_activations(model, "nsw", after_residual=True)
+    assert torch.equal(model(x), expected)
+    replace_activations(model, {"silu": "nrelu"})
+    assert type(model[1]) is NReLU
 
 
 def test_only_modules_are_folded():

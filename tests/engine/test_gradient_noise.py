@@ -1,3 +1,4 @@
+import enum
 import random
 
 import numpy as np
@@ -296,12 +297,22 @@ def test_two_noises_on_one_optimizer_must_differ():
 
 def test_bad_arguments_are_refused_with_the_reason():
     _, optimizer = zero_gradient_sgd(10)
-    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got 1"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, or hold one, got 1"):
         add_gradient_noise(1, Constant(1.0))
     with pytest.raises(TypeError, match="schedule must be callable"):
         add_gradient_noise(optimizer, 0.1)
+    with pytest.raises(TypeError, match="schedule must be a schedule, got the class Constant"):
+        add_gradient_noise(optimizer, Constant)
+    with pytest.raises(TypeError, match="relative must be True or False, got 'no'"):
+        add_gradient_noise(optimizer, Constant(1.0), relative="no")
+    with pytest.raises(TypeError, match="model must be an nn.Module, got {} of type dict"):
+        add_gradient_noise(optimizer, Constant(1.0), model={})
+    for options in ({"seed": 0.5}, {"seed": "0"}, {"stream": None}):
+        with pytest.raises(ValueError, match="seed.*: int, .*stream.*: int or str"):
+            add_gradient_noise(optimizer, Constant(1.0), **options)
+    assert not optimizer._optimizer_step_pre_hooks
     handle = add_gradient_noise(optimizer, lambda t: -1.0)
-    with pytest.raises(ValueError, match=r"finite standard deviation >= 0, got -1.0 at step 0"):
+    with pytest.raises(ValueError, match=r"standard deviation must be >= 0 .* got -1.0 at step 0"):
         optimizer.step()
     assert handle.step == 0
 
@@ -404,3 +415,77 @@ def test_a_schedule_is_asked_once_per_step():
     for _ in range(2):
         optimizer.step()
     assert steps == [0, 1]
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-24, 1e-12, 1e12, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_relative_noise_of_tiny_and_huge_gradients(magnitude, dtype):
+    w = nn.Parameter(torch.zeros(10_000, dtype=dtype))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(2.0), relative=True)
+    w.grad = torch.full_like(w, magnitude)
+    given = w.grad.double().clone()
+    optimizer.step()
+    noise = (w.grad.double() - given) / given
+    assert noise.std().item() == pytest.approx(2.0, rel=0.03)
+    assert handle.std == pytest.approx(2 * given[0].item(), rel=1e-5)
+
+
+def test_relative_noise_that_float32_can_not_hold_is_refused():
+    w = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    add_gradient_noise(optimizer, Constant(2.0), relative=True)
+    w.grad = torch.full_like(w, 1e200)
+    with pytest.raises(ValueError, match="a finite float32, got 2.0.*e[+]200 at step 0"):
+        optimizer.step()
+
+
+def test_relative_noise_of_gradients_without_elements_or_values():
+    v, w = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(10))
+    optimizer = torch.optim.SGD([v, w], lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(2.0), relative=True)
+    for parameter in (v, w):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (handle.step, handle.std, w.count_nonzero()) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_relative_noise_leaves_a_gradient_that_is_not_finite(bad):
+    (w,), optimizer = zero_gradient_sgd(10)
+    add_gradient_noise(optimizer, Constant(2.0), relative=True)
+    w.grad[3] = bad
+    expected = w.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(w.grad, expected, equal_nan=True)
+
+
+class Text(str, enum.Enum):
+    WORD = "word"
+
+
+def test_streams_are_told_apart_by_their_values_and_not_by_their_types():
+    def run(stream, seed=0):
+        (w,), optimizer = zero_gradient_sgd(100)
+        handle = add_gradient_noise(optimizer, Constant(1.0), stream=stream, seed=seed)
+        optimizer.step()
+        assert type(handle.stream) in (int, str)
+        return w.detach()
+
+    for same in (Text.WORD, np.str_("word")):
+        assert torch.equal(run(same), run("word"))
+    assert torch.equal(run(np.int64(3), np.int32(7)), run(3, 7))
+    assert not torch.equal(run("3"), run(3))
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"seed": 0, "stream": 0, "step": -1}, {"seed": 0, "stream": 0, "step": "2"}, None]
+)
+def test_a_bad_state_is_refused_and_changes_nothing(state):
+    _, optimizer = zero_gradient_sgd(10)
+    handle = add_gradient_noise(optimizer, Constant(1.0), seed=3, stream="a")
+    optimizer.step()
+    before = handle.state_dict()
+    with pytest.raises(ValueError, match="Gradient noise has a state of"):
+        handle.load_state_dict(state)
+    assert handle.state_dict() == before

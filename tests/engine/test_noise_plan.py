@@ -1,5 +1,6 @@
 """The fast path against the readable one: `add_gaussian_`, a tensor at a time."""
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -10,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_noisy.engine.noise_plan import NoisePlan, _Batch, _most_at_once, _strides, _windows, total_norm
+from lightning_noisy.engine.noise_plan import NoisePlan, _Batch, _most_at_once, _strides, _windows
+from lightning_noisy.engine.norms import total_norm
 from lightning_noisy.functional.gaussian import add_gaussian_, stream_key, substream
 
 pytestmark = pytest.mark.usefixtures("any_kernel")
@@ -225,8 +227,11 @@ def test_windows_are_the_shards_numbers(shape, offset, size, start):
         ((2, 2), [Replicate(), Shard(1)]),
     ],
 )
-def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype):
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype, padded):
     whole = reference("w", torch.zeros(50, 41, dtype=dtype), 1.0)
+    if padded:
+        whole[17] = 0
     for rank in range(prod(mesh)):
         torch.distributed.init_process_group("fake", rank=rank, world_size=prod(mesh), store=FakeStore())
         try:
@@ -238,10 +243,24 @@ def test_every_rank_adds_its_part_of_the_noise(mesh, placements, dtype):
             )
             parameter = nn.Parameter(value)
             parameter.grad = gradient
-            NoisePlan({"w": parameter}).add_noise([1.0], ("s",), 0)
+            padding = {parameter: (17 * 41, 41)} if padded else {}
+            NoisePlan({"w": parameter}, padding=padding).add_noise([1.0], ("s",), 0)
             assert torch.equal(gradient.to_local(), expected.to_local())
         finally:
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("cuts", [[0, 700, 720, 2050], [0, 697, 738, 2050], [0, 100, 200, 2050]])
+def test_a_padding_row_stays_clean_in_flat_shards(cuts):
+    whole = reference("w", torch.zeros(50, 41), 1.0)
+    whole[17] = 0  # elements 697 to 737
+    parts = []
+    for start, end in pairwise(cuts):
+        shard = nn.Parameter(torch.zeros(end - start))
+        shard.grad = torch.zeros_like(shard)
+        NoisePlan({"w": shard}, shards={shard: start}, padding={shard: (697, 41)}).add_noise([1.0], ("s",), 0)
+        parts.append(shard.grad)
+    assert torch.equal(torch.cat(parts), whole.flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
@@ -285,25 +304,46 @@ def test_a_group_without_noise_is_not_touched():
     assert parameters["b"].grad.count_nonzero() == 3
 
 
-def test_parameters_with_one_gradient_add_their_noises_one_by_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_with_one_gradient_get_one_each(dtype):
     size = 1 << 20  # enough for two threads, which would race
-    parameters = parameters_of(dict.fromkeys("abcd", (size,)))
-    shared = torch.zeros(size)
-    for parameter in parameters.values():
-        parameter.grad = shared
+    parameters = parameters_of(dict.fromkeys("abcd", (size,)), dtype)
+    shared = torch.ones(size + 5, dtype=dtype)
+    for i, parameter in enumerate(parameters.values()):
+        parameter.grad = shared[:size]  # views that begin at one place
+        if i == 3:
+            parameter.grad = shared[:size].as_strided((size,), (0,))  # and one whose elements are one
     NoisePlan(parameters).add_noise([1.0], ("s",), 0)
-    expected = torch.zeros(size)
     for name, parameter in parameters.items():
-        expected += reference(name, parameter, 1.0)
-    assert torch.equal(shared, expected)
+        assert torch.equal(parameter.grad, 1 + reference(name, parameter, 1.0)), name
 
 
-def test_an_expanded_gradient_is_refused_before_any_noise():
-    parameters = parameters_of({"a": (3,), "b": (4,)})
-    parameters["b"].grad = torch.zeros(1).expand(4)
-    with pytest.raises(TypeError, match="its elements share memory"):
-        NoisePlan(parameters).add_noise([1.0], ("s",), 0)
-    assert parameters["a"].grad.count_nonzero() == 0
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        (lambda: torch.ones(1).expand(4, 3), True),
+        (lambda: torch.ones(1, 3).expand(4, 3), True),
+        (lambda: torch.ones(20).as_strided((4, 3), (2, 1)), True),  # rows that overlap
+        (lambda: torch.ones(20).as_strided((4, 3), (3, 1)), False),
+        (lambda: torch.ones(3, 4).t(), False),
+        (lambda: torch.ones(40).as_strided((4, 3), (1, 10)), False),
+        (lambda: torch.ones(1, 3).expand(1, 3), False),
+    ],
+)
+def test_a_gradient_whose_elements_share_memory_is_copied(make, copied):
+    gradient = make()
+    p = nn.Parameter(torch.zeros(gradient.shape))
+    p.grad = gradient
+    assert NoisePlan({"p": p}).add_noise([1.0], ("s",), 0)
+    assert torch.equal(p.grad, 1 + reference("p", p, 1.0))
+    assert (p.grad is not gradient) == copied
+
+
+def test_an_empty_gradient_with_strides_of_zero_is_no_shared_memory():
+    parameters = parameters_of({"a": (3,), "b": (0, 4)})
+    parameters["b"].grad = torch.zeros(0, 1).expand(0, 4)
+    assert NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert parameters["a"].grad.count_nonzero() == 3
 
 
 def test_fake_gradients_get_no_noise_and_count():

@@ -103,3 +103,39 @@ def test_quickstart_runs_and_leaves_a_picture_and_curves(tmp_path):
     assert "ANAct score" in result.stdout
     assert (tmp_path / "out" / "quickstart.png").stat().st_size > 20_000
     assert len(list((tmp_path / "out").glob("*/events.out.tfevents.*"))) == 4
+
+
+@pytest.mark.parametrize("option", ["--seed=-1", "--seed=4294967296", "--threads=0"])
+def test_option_out_of_range_gets_one_clear_line(quickstart, monkeypatch, option):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", option])
+    with pytest.raises(SystemExit, match=option.replace("=", ": ")) as caught:
+        quickstart.main()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Puts back what the script sets in its process: its seed, and threads too many for layers this small."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_second_run_replaces_the_curves_of_the_first(quickstart, tmp_path):
+    data = quickstart.load_digits()
+    for steps in (40, 20):
+        run, _ = quickstart.rescue(data, steps, tmp_path)
+    assert run.curve("accuracy")[0] == list(range(20))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_swap_trains_twenty_layers_that_starve_without_it(quickstart, tmp_path):
+    runs = quickstart.swap(quickstart.load_digits(), quickstart.SWAP_STEPS, tmp_path, seed=0)
+    plain, normalized = (run.curve("accuracy")[1] for run in runs)
+    assert max(plain) <= 0.25  # two of the ten digits, and a little
+    assert normalized[-1] >= 0.9

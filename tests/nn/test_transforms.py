@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_noisy import fold_normalization
+from lightning_noisy import fold_normalization, replace_activations
 from lightning_noisy.nn import NAH, NAN, NANI, NANIL, NormalizedActivation, NReLU, registry
 
 OLD_TORCH = torch.__version__.startswith("2.6.")
@@ -127,6 +127,35 @@ def test_meta_device_is_left_with_all_values():
         registry.create("tanh-gpn")
     module.to_empty(device="cpu").reset_parameters()
     assert module.c.item() == 0.25
+
+
+@pytest.mark.parametrize("name", sorted(registry.NOISY))
+@pytest.mark.parametrize("way", ["to_empty", "children alone", "half", "assign", "swapped on meta"])
+def test_c_of_a_model_made_on_the_meta_device_is_the_initial_one(name, way):
+    spec = f"{name}(c=0.25)"
+    expected = nn.Sequential(nn.Linear(3, 3), registry.create(spec))
+    expected[1].c.fill_(7.0)
+    with torch.device("meta"):
+        made = nn.Tanh() if way == "swapped on meta" else registry.create(spec)
+        model = nn.Sequential(nn.Linear(3, 3), made)
+    if way == "swapped on meta":
+        replace_activations(model, {"tanh": spec})
+    if way == "children alone":  # as Lightning's and FSDP's materialization do
+        for module in model.modules():
+            module.to_empty(device="cpu", recurse=False)
+    elif way == "half":
+        model.half().to_empty(device="cpu").float()
+    elif way != "assign":
+        model.to_empty(device="cpu")
+    for module in model.modules():  # what to_empty leaves there is anything
+        for value in (*module._parameters.values(), *(module._buffers[n] for n in module._buffers if n != "c")):
+            if value is not None and not value.is_meta:
+                value.data.fill_(-3)
+    model.load_state_dict(copy.deepcopy(expected.state_dict()), assign=way == "assign")
+    assert (model[1].c.item(), model[1].c.dtype, model[1].c.device.type) == (0.25, torch.float32, "cpu")
+    x = torch.randn(5, 3)
+    expected[1].c.fill_(0.25)
+    assert torch.equal(model(x), expected(x))
 
 
 def test_single_numbers_keep_their_shape():

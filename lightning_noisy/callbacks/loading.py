@@ -1,0 +1,144 @@
+"""Loading checkpoints of models whose activations were replaced."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_noisy.engine.policy import Policy, Replacement
+from lightning_noisy.engine.record import KEY, Record, saved_replacements, set_noise
+from lightning_noisy.engine.replace import swap
+
+__all__ = ["load_replaced"]
+
+_Model = TypeVar("_Model", bound=pl.LightningModule)
+_OPTIONS = [each.name for each in fields(Policy) if each.name != "to"]
+
+
+def load_replaced(
+    cls: type[_Model],
+    checkpoint_path: str | Path,
+    *,
+    to: Replacement | None = None,
+    options: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
+    map_location: Any = None,
+    weights_only: bool = True,
+    **arguments: Any,
+) -> _Model:
+    """Load a checkpoint of a model whose activations were replaced from outside, by the callback or by the function.
+
+    As ``cls.load_from_checkpoint``, with the replacement in between. A model that calls
+    :func:`~lightning_noisy.replace_activations` in its ``__init__`` needs no more than ``load_from_checkpoint``.
+
+    Checkpoints say what was replaced with what, unless something has taken that off the weights; then ``to`` and
+    ``options`` say it. c of noisy activations is that of the checkpoint, if it was annealed.
+
+    Args:
+        cls: class of the model.
+        checkpoint_path: what a Trainer has written, also with ``save_weights_only=True``.
+        to: what the activations were replaced with; only needed if that was a class or a function of your own, or if
+            the checkpoint doesn't say it.
+        options: with ``to``, the options that :func:`~lightning_noisy.replace_activations` had, such as
+            ``{"gates": True}``; by default the places are those of the checkpoint.
+        example_inputs: as they were given to the callback or the function, if they were.
+        map_location: see ``torch.load``.
+        weights_only: see ``torch.load``.
+        arguments: of the model, in place of its hyperparameters in the checkpoint.
+
+    Returns:
+        The model, in training mode as ``load_from_checkpoint`` has it.
+
+    Raises:
+        TypeError: if an argument or an option is unknown.
+        ValueError: if the checkpoint doesn't say what was replaced, this model has other activations, or the weights
+            don't fit.
+    """
+    _check_arguments(cls, arguments, options)
+    if options is not None and to is None:
+        raise ValueError(f"options say how activations were replaced by to=, and it is missing; got {dict(options)!r}.")
+    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
+    weights = checkpoint["state_dict"]
+    saved: dict[str, Any] = checkpoint.get(KEY) or saved_replacements(weights)
+    if to is None and not saved and KEY not in checkpoint:
+        raise ValueError(
+            f"{checkpoint_path} was written without ActivationReplacement. Use {cls.__name__}.load_from_checkpoint; or"
+            " pass what its model's activations were replaced with as to=."
+        )
+    steps = [("", Policy(to, **(options or {})))] if to and (options or not saved) else _steps(saved, to)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are")  # those of the activations
+        warnings.filterwarnings("ignore", message=".*keys that are not in the model state dict.*")
+        # Lightning 2.5.0 doesn't know it, and would pass it to the model.
+        known = inspect.signature(cls.load_from_checkpoint).parameters
+        safe: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in known else {}
+        model = cls.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=False, **safe, **arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
+        for path, policy in steps:
+            swap(model.get_submodule(path), policy, example_inputs)
+    for path, what in saved.items():
+        record = Record.of(model.get_submodule(path))
+        if missing := sorted(set(what["sites"]) - set(record.sites)):
+            raise ValueError(
+                f"{cls.__name__} has no activations {', '.join(missing)}, which were replaced. Pass the arguments, and"
+                " the example_inputs, that the model and the replacement had."
+            )
+        if model.strict_loading and (difference := record.difference(what)):
+            raise ValueError(difference)
+        set_noise(model.get_submodule(path), what["c"])
+    try:
+        model.load_state_dict(weights, strict=model.strict_loading)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights don't fit {cls.__name__} with its activations replaced by {_said(to, steps)}. Pass to=,"
+            f" options=, example_inputs= and the model's arguments as they were when it was trained. {error}"
+        ) from error
+    return model
+
+
+def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any], options: Any) -> None:
+    """Lightning passes over what a model doesn't take."""
+    for name in options or ():
+        if name not in _OPTIONS:
+            raise TypeError(f"replace_activations has no option {name!r}; options may have {', '.join(_OPTIONS)}.")
+    taken = inspect.signature(cls.__init__).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        return
+    for name in arguments:
+        if name not in taken and name != "hparams_file":
+            hint = f" Pass it as options={{{name!r}: ...}}." if name in _OPTIONS else ""
+            raise TypeError(f"{cls.__name__} takes no argument {name!r}.{hint}")
+
+
+def _steps(saved: Mapping[str, Any], to: Replacement | None) -> list[tuple[str, Policy]]:
+    """The replacements of a checkpoint in their order, each for the module at its path."""
+    calls = [(path, call) for path, what in saved.items() for call in what["history"]]
+    unknown = [call for _, call in calls if call["to"] is None]
+    wanted = unknown if len(calls) > 1 else [call for _, call in calls]
+    if unknown and to is None:
+        raise ValueError("The activations were replaced with a class or a function of your own: pass it as to=.")
+    if to is not None and len(wanted) != 1:
+        raise ValueError(
+            f"to={to!r} says one replacement, and the checkpoint has {len(calls)}, {len(unknown)} of them with classes"
+            " or functions of your own. Replace the activations in the model's __init__, and use load_from_checkpoint."
+        )
+    everything: dict[str, Any] = {"gates": True, "outputs": True, "after_residual": True}
+    steps = []
+    for path, call in calls:
+        names = frozenset(call["sites"])
+        what = to if to is not None and call is wanted[0] else call["to"]
+        include = lambda site, names=names: site.name in names  # noqa: E731
+        steps.append((path, Policy(what, **everything, **call["options"], include=include)))
+    return steps
+
+
+def _said(to: Replacement | None, steps: list[tuple[str, Policy]]) -> str:
+    return repr(to) if to is not None else ", ".join(repr(policy.to) for _, policy in steps) or "nothing"

@@ -1,0 +1,371 @@
+"""GradientNoise and the optimizers of a Trainer: new ones, none, several, and ones whose steps nobody sees."""
+
+import lightning as L
+import pytest
+import torch
+from helpers import Flat, Manual, Net, SpySGD, all_equal, batches, fit, loader, parameters_of, quiet_trainer, unit_sgd
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_noisy import GradientNoise
+from lightning_noisy.callbacks._noise_watch import LOW_RATIO, LOW_STEPS
+from lightning_noisy.schedules import Constant
+
+
+def hooks(optimizer):
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def renew_by_strategy(trainer):
+    trainer.strategy.setup_optimizers(trainer)
+
+
+def renew_by_assignment(trainer):
+    trainer.optimizers = [unit_sgd(trainer.lightning_module.parameters())]
+
+
+class RenewsAtStart(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            self.renew(trainer)
+
+
+class RenewsAtEpoch(L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.renew(trainer)
+
+
+class RenewsAtEnd(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.renew(trainer)
+
+
+@pytest.mark.parametrize("make", [RenewsAtStart, RenewsAtEpoch, RenewsAtEnd])
+@pytest.mark.parametrize("renew", [renew_by_strategy, renew_by_assignment])
+@pytest.mark.parametrize("model", [Flat, Manual])
+def test_gradient_noise_follows_optimizers_that_are_made_anew(make, renew, model):
+    callback = GradientNoise(eta=1.0, seed=0)
+    before, after = make(), make()
+    before.renew, after.renew = (lambda trainer: None), renew
+    plain, renewed = model(100), model(100)
+    fit(plain, [GradientNoise(eta=1.0, seed=0), before], max_epochs=2)
+    first = []
+    watch = L.Callback()
+    watch.on_train_start = lambda trainer, pl_module: first.append(trainer.optimizers[0])
+    trainer = fit(renewed, [callback, after, watch], max_epochs=2)
+    assert torch.equal(plain.w, renewed.w)
+    assert trainer.optimizers[0] is not first[0]
+    assert callback.state_dict()["optimizers"] == [{"seed": 0, "stream": "0.0", "step": 8}]
+    assert hooks(first[0]) == hooks(trainer.optimizers[0]) == 0
+
+
+def test_gradient_noise_without_an_optimizer_does_nothing():
+    class Nothing(Flat):
+        def configure_optimizers(self):
+            return None
+
+    callback = GradientNoise(seed=0)
+    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
+        fit(module := Nothing(10), [callback])
+    assert module.w.count_nonzero() == 0
+
+
+def test_gradient_noise_of_an_optimizer_that_is_listed_twice_is_added_once():
+    class Two(Manual):
+        def configure_optimizers(self):
+            optimizer = unit_sgd(self.parameters())
+            return [optimizer, optimizer]
+
+        def optimizers(self, use_pl_optimizer=True):
+            return super().optimizers()[0]
+
+    once, twice = Manual(100), Two(100)
+    for model in (once, twice):
+        callback = GradientNoise(eta=1.0, seed=0)
+        fit(model, [callback])
+        assert len(callback.state_dict()["optimizers"]) == 1
+    assert torch.equal(once.w, twice.w)
+
+
+def test_gradient_noise_that_one_optimizer_refuses_is_on_none():
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.param_groups, self.state, self.defaults = [{"params": list(params)}], {}, {}
+
+        def step(self, closure=None):
+            return closure and closure()
+
+    class Both(Manual):
+        refused = True
+
+        def configure_optimizers(self):
+            self.first = unit_sgd(self.parameters())
+            return [self.first, Bare(self.parameters())] if self.refused else self.first
+
+    callback = GradientNoise(eta=1.0, seed=0)
+    model = Both(10)
+    with pytest.raises(TypeError, match="Bare has no hooks"):
+        fit(model, [callback])
+    assert hooks(model.first) == 0
+    model.refused = False
+    fit(model, [])
+    assert model.w.count_nonzero() == 0
+
+
+def test_gradient_noise_of_a_later_fit_of_the_trainer_starts_at_t_zero_and_is_another_one():
+    callback = GradientNoise(eta=1.0, seed=0)
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=1)
+    noises = []
+    for epochs in (1, 2, 3):
+        module = Flat(1000)
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, loader(batches(2)))
+        assert callback.state_dict()["optimizers"][0]["step"] == 2
+        noises += module.seen
+    assert [noise.std().item() for noise in noises[::2]] == pytest.approx([1.0] * 3, rel=0.1)
+    correlations = torch.corrcoef(torch.stack(noises)) - torch.eye(6)
+    assert correlations.abs().max() < 5 / 1000**0.5
+    fresh = Flat(1000)  # a new Trainer begins as the first one did
+    fit(fresh, [callback], batches(2))
+    assert all_equal(fresh.seen, noises[:2])
+
+
+def test_gradient_noise_of_a_later_fit_resumes_as_that_fit_went_on(tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "third.ckpt")
+
+    trainer = quiet_trainer(callbacks=[GradientNoise(eta=1.0, seed=0), Save()], max_epochs=1)
+    trainer.fit(Flat(100), loader(batches(2)))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module := Flat(100), loader(batches(2)))
+    resumed = quiet_trainer(callbacks=[GradientNoise(eta=1.0, seed=0), Save()], max_epochs=2)
+    resumed.fit(again := Flat(100), loader(batches(2)), ckpt_path=tmp_path / "third.ckpt")
+    assert all_equal(again.seen, module.seen[1:])
+
+
+class Hidden(torch.optim.SGD):
+    """An update that is no `step` of a torch optimizer."""
+
+    def update(self):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad)
+
+
+class Updates(Manual):
+    """A manual optimization that goes by every hook."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(Flat.training_step(self, batch, batch_idx))
+        self.optimizers().update()
+
+
+def hidden_sgd(parameters):
+    return Hidden(parameters, lr=1.0)
+
+
+def test_gradient_noise_warns_once_of_steps_that_it_does_not_see():
+    with pytest.warns(
+        UserWarning, match=r"saw no gradient in the steps of optimizer 0 \(Hidden\) in 12 batches"
+    ) as seen:
+        fit(Updates(10, hidden_sgd), [GradientNoise(seed=0)], batches(24), log_every_n_steps=6)
+    assert sum("saw no gradient" in str(each.message) for each in seen) == 1
+
+
+def test_gradient_noise_warns_of_unseen_steps_of_a_short_fit_at_its_end():
+    with pytest.warns(UserWarning, match="in 3 batches"):
+        fit(Updates(10, hidden_sgd), [GradientNoise(seed=0)], batches(3))
+
+
+def test_gradient_noise_does_not_warn_of_an_optimizer_that_waits():
+    class Alternates(Manual):
+        def __init__(self):
+            super().__init__(10)
+            self.v = nn.Parameter(torch.zeros(10))
+
+        def configure_optimizers(self):
+            return [unit_sgd([self.w]), unit_sgd([self.v])]
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(0 * self.w.sum())
+            self.optimizers()[0].step()
+
+    fit(Alternates(), [GradientNoise(seed=0)], batches(30))  # warnings are errors
+
+
+def test_gradient_noise_reaches_a_wrapper_whose_first_step_comes_before_any_zero_grad():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, base):
+            self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, {}, base.state
+
+        def step(self, closure=None):
+            return self.base.step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            self.base.zero_grad(set_to_none)
+
+    plain, wrapped = Flat(100), Flat(100, lambda parameters: Around(unit_sgd(parameters)))
+    for model in (plain, wrapped):
+        callback = GradientNoise(eta=1.0, seed=0)
+        fit(model, [callback])
+        assert callback.state_dict()["optimizers"][0]["step"] == 4
+    assert torch.equal(plain.w, wrapped.w)
+
+
+def test_gradient_noise_at_work_refuses_another_trainer_and_goes_on():
+    callback = GradientNoise(eta=1.0, seed=0)
+
+    class Nests(Flat):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                with pytest.raises(MisconfigurationException, match="Give each Trainer its own"):
+                    quiet_trainer(callbacks=[callback]).fit(Flat(10), loader(batches(1)))
+                quiet_trainer(callbacks=[callback]).validate(Net(), loader(batches(1)), verbose=False)
+            return super().training_step(batch, batch_idx)
+
+    plain, nests = Flat(100), Nests(100)
+    fit(nests, [callback])
+    fit(plain, [GradientNoise(eta=1.0, seed=0)])
+    assert torch.equal(plain.w, nests.w)
+
+
+class Confident(Flat):
+    """A gradient whose norm is `ratio` times that of noise of standard deviation 1."""
+
+    ratio = 0.005
+
+    def training_step(self, batch, batch_idx):
+        return self.ratio * self.w.sum()
+
+
+@pytest.mark.parametrize(("ratio", "count", "warned"), [(0.005, 10, 1), (0.005, 60, 1), (0.005, 9, 0), (0.05, 60, 0)])
+def test_gradient_noise_warns_once_when_there_is_next_to_nothing_but_noise(recwarn, ratio, count, warned):
+    assert (LOW_RATIO, LOW_STEPS) == (0.02, 10)
+    assert "was below 0.02 at 10 logged steps in a row" in " ".join(GradientNoise.__doc__.split())
+    model = Confident(1000)
+    model.ratio = ratio
+    fit(model, [GradientNoise(eta=1.0, gamma=0, seed=0)], batches(count))
+    messages = [str(each.message) for each in recwarn if "gradient_noise/snr" in str(each.message)]
+    assert len(messages) == warned
+    assert all("now 0.005" in message and "by eta=0.01, or use relative=True" in message for message in messages)
+
+
+def test_gradient_noise_that_is_low_now_and_then_is_no_matter():
+    class Jumps(Confident):
+        def training_step(self, batch, batch_idx):
+            return (1.0 if batch_idx % 10 == 0 else 0.001) * self.w.sum()
+
+    fit(Jumps(1000), [GradientNoise(schedule=Constant(1.0), seed=0)], batches(60))  # warnings are errors
+
+
+class Padded(L.LightningModule):
+    def __init__(self, sparse=False, tied=False):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4, padding_idx=2, sparse=sparse)
+        self.head = nn.Linear(4, 5, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.bag = nn.EmbeddingBag(3, 4, padding_idx=-1)
+
+    def training_step(self, batch, batch_idx):
+        x = torch.tensor([[0, 1, 2]])
+        return self.head(self.embedding(x)).sum() + self.bag(x).sum()
+
+    def configure_optimizers(self):
+        return SpySGD(self.parameters())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradient_noise_leaves_padding_rows_as_they_are(sparse):
+    model = Padded(sparse)
+    before = parameters_of(model)
+    fit(model, [GradientNoise(eta=1.0, seed=0)], batches(3))
+    (embedding, _, bag), after = before, parameters_of(model)
+    assert torch.equal(after[0][2], embedding[2])
+    assert torch.equal(after[2][2], bag[2])
+    assert (after[0][[0, 1]] != embedding[[0, 1]]).all()
+    assert (after[0][[3, 4]] != embedding[[3, 4]]).all() or sparse  # sparse gradients have no rows there
+    assert (after[2][:2] != bag[:2]).all()
+
+
+def test_gradient_noise_is_on_padding_rows_that_are_trained():
+    model = Padded(tied=True)
+    with torch.no_grad():  # by hand: each of the five outputs is a product with the three rows, and their sum is summed
+        clean = model.embedding.weight[:3].sum(0)
+    fit(model, [GradientNoise(eta=1.0, seed=0)], batches(1))
+    noise = model.optimizers().optimizer.seen[0][0][2] - clean
+    assert (noise.abs() > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"optimizers": None},
+        {"optimizers": [{"seed": 0, "stream": "0.0", "step": 3}, {"seed": 0, "stream": "0.0", "step": -1}]},
+        {"optimizers": [{"seed": 0, "stream": "0.0"}]},
+        {"optimizers": [{"seed": "0", "stream": "0.0", "step": 1}]},
+        {"optimizers": [{"seed": 0, "stream": None, "step": 1}]},
+        {"optimizers": [{"seed": 0, "stream": "0.0", "step": "1"}]},
+        {"optimizers": ["0"]},
+        "0",
+    ],
+)
+def test_a_state_that_is_none_is_refused_and_changes_nothing(state):
+    callback = GradientNoise(eta=1.0, seed=0)
+    messages = []
+
+    class Loads(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            with pytest.raises(ValueError, match=r"has a state of \{") as caught:
+                callback.load_state_dict(state)
+            messages.append(str(caught.value))
+
+    with pytest.raises(ValueError, match="has a state of"):
+        callback.load_state_dict(state)
+    fit(model := Flat(100), [callback, Loads()])
+    fit(plain := Flat(100), [GradientNoise(eta=1.0, seed=0)])
+    assert torch.equal(model.w, plain.w)
+    assert len(messages) == 4
+    assert all("\n" not in message for message in messages)
+
+
+def test_the_state_of_another_callback_is_not_taken(tmp_path):
+    class GradientNoiseScale(L.Callback):
+        def state_dict(self):
+            return {"scale": 1.0}
+
+    fit(Flat(10), [GradientNoiseScale()]).save_checkpoint(tmp_path / "other.ckpt")
+    trainer = quiet_trainer(callbacks=[GradientNoise(seed=0), GradientNoiseScale()], max_epochs=2)
+    with pytest.warns(UserWarning, match="was written without GradientNoise: its noise starts at t = 0"):
+        trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(("writes", "reads"), [(0, 1), (1, 0), (1, 1)])
+def test_a_subclass_and_its_base_find_each_others_state(tmp_path, writes, reads):
+    class Mine(GradientNoise):
+        pass
+
+    classes = [GradientNoise, Mine]
+    fit(Flat(10), [classes[writes](seed=0)]).save_checkpoint(tmp_path / "base.ckpt")
+    callback = classes[reads](seed=0)
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=2)
+    trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "base.ckpt")  # warnings are errors
+    assert callback.state_dict()["optimizers"][0]["step"] == 8
+
+
+@pytest.mark.parametrize("names", [("", "0"), ("noise0", "", ""), ("", "noise0", ""), ("#0", "", "0")])
+def test_instances_never_share_a_stream_or_a_tag(names):
+    callbacks = [GradientNoise(eta=0.1 * (i + 1), seed=0, name=name) for i, name in enumerate(names)]
+    trainer = fit(Flat(10), callbacks)
+    streams = [callback.state_dict()["optimizers"][0]["stream"] for callback in callbacks]
+    assert len(set(streams)) == len(names)
+    tags = [tag for tag in trainer.callback_metrics if tag.startswith("gradient_noise/std")]
+    assert len(tags) == len(names)
+    for callback, name in zip(callbacks, names, strict=True):
+        assert not name or f"gradient_noise/std/{name}" in tags
+        assert callback.name == name
