@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import secrets
 import weakref
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +28,7 @@ from lightning_noisy.engine.gradient_noise import (
     ParameterFilter,
     add_gradient_noise,
     checked_state,
+    updating,
 )
 from lightning_noisy.engine.norms import total_norm
 from lightning_noisy.functional.gaussian import plain
@@ -59,8 +61,8 @@ class GradientNoise(pl.Callback):
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
     have independent noises, and state; those with the same schedule need a ``name`` each.
 
-    The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero. Leave other
-    elements that are never trained, such as slices that a hook freezes, to ``params``.
+    The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero, unless its weight
+    is parametrized. Leave other elements that are never trained, such as slices that a hook freezes, to ``params``.
 
     Logs to every logger, at the Trainer's logging steps, with ``/<name>`` at the end if it has one (``/noise0``,
     ``/noise1``, ... where several have none), and ``/<index>`` of the optimizer if there are several:
@@ -145,11 +147,14 @@ class GradientNoise(pl.Callback):
     def _forget_fit(self) -> None:
         """Begin without a fit, and without what belongs to one."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
+        self._has_guest = False  # whether another Trainer validates, say, inside of the fit
         self._make_handle: Callable[[Any, int], GradientNoiseHandle] | None = None
-        self._handles: dict[Any, GradientNoiseHandle] = {}  # by optimizer
+        self._handles: list[_Attached] = []
+        self._states: dict[int, dict[str, Any]] = {}  # of optimizers that have left, by index
+        self._left: list[tuple[weakref.ref[Any], int]] = []  # they, and their indices
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
-        self._norms_before: dict[Any, Tensor] = {}  # of the batch, by optimizer
+        self._norms_before: dict[int, Tensor] = {}  # of the batch, by index
         self._watch = NoiseWatch()
 
     @property
@@ -164,10 +169,13 @@ class GradientNoise(pl.Callback):
         """Find out which of the Trainer's instances this is: each has a stream and tags of its own."""
         if self._is_busy_elsewhere(trainer):
             if stage != "fit":
+                self._has_guest = True
                 return
             raise MisconfigurationException(
                 "This GradientNoise is at work in the fit of another Trainer. Give each Trainer its own."
             )
+        if stage == "fit":
+            self._final = []
         instances = _instances(trainer)
         self._instance = next((i for i, callback in enumerate(instances) if callback is self), 0)
         names = {callback.name for callback in instances}
@@ -180,7 +188,6 @@ class GradientNoise(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
-        self._final = []
         self._trainer = weakref.ref(trainer)
         seed = self.seed
         if seed is None:
@@ -192,7 +199,7 @@ class GradientNoise(pl.Callback):
         later = f"@{trainer.global_step}" if trainer.global_step else ""
 
         def make_handle(optimizer: Any, index: int) -> GradientNoiseHandle:
-            return add_gradient_noise(
+            handle = add_gradient_noise(
                 optimizer,
                 schedule,
                 seed=seed,
@@ -201,10 +208,18 @@ class GradientNoise(pl.Callback):
                 params=self.params,
                 relative=self.relative,
             )
+            handle.warns_of_none = False  # it may have chosen some of another optimizer
+            return handle
+
+        this = weakref.ref(self)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def follow(*_: Any) -> None:
-            self._follow(trainer)
+            callback = this()
+            if callback is not None and callback._trainer is not None:
+                running = callback._trainer()
+                if running is not None and running.state.status == TrainerStatus.RUNNING:
+                    callback._follow(running)
 
         self._make_handle = make_handle
         try:
@@ -215,6 +230,8 @@ class GradientNoise(pl.Callback):
         except BaseException:
             self._detach()
             raise
+        if self.params is not None and not any(each.handle.parameters() for each in self._handles) and self._handles:
+            rank_zero_warn(f"params={self.params!r} chooses none of the optimizers' parameters: there is no noise.")
         self._log_seed(trainer)
 
     def _resolved_schedule(self, trainer: pl.Trainer) -> Schedule:
@@ -234,27 +251,41 @@ class GradientNoise(pl.Callback):
 
     def _follow(self, trainer: pl.Trainer) -> None:
         """Attach the noise to the Trainer's optimizers; those made anew go on at the t of those before them."""
-        optimizers = list(dict.fromkeys(trainer.optimizers))
-        if optimizers == list(self._handles) or self._make_handle is None:
+        optimizers = _distinct(trainer.optimizers)
+        present = [each.optimizer for each in self._handles]
+        unchanged = len(optimizers) == len(present) and all(map(operator.is_, optimizers, present))
+        if unchanged or self._make_handle is None:
             return
-        states = [handle.state_dict() for handle in self._handles.values()]
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
-        for index, optimizer in enumerate(optimizers):
-            self._handles[optimizer] = handle = self._make_handle(optimizer, index)
-            if index < len(states):
-                handle.load_state_dict(states[index])
+        known = {each.number: each.optimizer for each in self._handles}
+        known |= {index: optimizer for reference, index in self._left if (optimizer := reference()) is not None}
+        for each in self._handles:
+            self._states[each.number] = each.handle.state_dict()
+            self._left.append((weakref.ref(each.optimizer), each.number))
+            each.handle.remove()
+        self._handles = []
+        # One that was here has its index again; a new one has its place's, if that is free.
+        indices = [next((i for i, other in known.items() if other is optimizer), None) for optimizer in optimizers]
+        for place, optimizer in enumerate(optimizers):
+            taken = {index for index in indices if index is not None}
+            if (index := indices[place]) is None:
+                free = (i for i in (place, *range(len(known) + len(optimizers))) if i not in taken)
+                index = indices[place] = next(free)
+            handle = self._make_handle(optimizer, index)
+            if index in self._states:
+                handle.load_state_dict(self._states[index])
+            self._handles.append(_Attached(optimizer, index, handle))
+            self._watch.begin(index, handle.parameters())
+        self._left = [(reference, i) for reference, i in self._left if i not in indices]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that what checkpoints brought differs between instances."""
-        handles = [handle for callback in _instances(trainer) for handle in callback._handles.values()]
+        handles = [each.handle for callback in _instances(trainer) for each in callback._handles]
         if len({(handle.seed, handle.stream) for handle in handles}) < len(handles):
             raise MisconfigurationException(
                 "Two GradientNoise callbacks would add the same noise: the checkpoint has the stream of one for both."
                 " Give each a name, with which it finds its own state."
             )
-        if any(handle.seed != self._logged_seed for handle in self._handles.values()):
+        if any(each.handle.seed != self._logged_seed for each in self._handles):
             self._log_seed(trainer)  # restored late, as sharded strategies do
 
     def on_train_batch_start(
@@ -262,7 +293,7 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Measure norms if this batch's values will be logged."""
         self._follow(trainer)
-        for handle in self._handles.values():
+        for _, _, handle in self._handles:
             handle.measuring = is_logging_due(trainer)
             handle.std = handle.grad_norm = None
         self._norms_before = {}
@@ -271,15 +302,15 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the norm before clipping."""
-        self._watch.stepped.add(optimizer)
         if not pl_module.automatic_optimization:
             return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             return  # the gradients are still scaled, and Lightning doesn't clip them
-        handle = self._handles.get(optimizer)
-        if handle is not None and handle.measuring and (gradients := handle.gradients(optimizer)):
-            self._norms_before[optimizer] = total_norm(gradients)
+        for each in self._handles:
+            measured = each.optimizer is optimizer and each.handle.measuring
+            if measured and (gradients := each.handle.gradients(optimizer)):
+                self._norms_before[each.number] = total_norm(gradients)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -287,13 +318,13 @@ class GradientNoise(pl.Callback):
         """Log σ and the norms; warn of steps that go by, and of noise without gradient."""
         scalars: dict[str, float] = {}
         norms: dict[str, Tensor] = {}
-        for index, (optimizer, handle) in enumerate(self._handles.items()):
+        for _, index, handle in self._handles:
             suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
             if handle.std is not None:
-                self._watch.noisy.add(optimizer)
+                self._watch.noisy.add(index)
                 scalars[f"gradient_noise/std{suffix}"] = handle.std
-            if optimizer in self._norms_before:
-                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[optimizer]
+            if index in self._norms_before:
+                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[index]
             if handle.grad_norm is not None:
                 norms[f"grad_norm/after_clipping{suffix}"] = handle.grad_norm
                 if handle.noise_norm:
@@ -301,8 +332,10 @@ class GradientNoise(pl.Callback):
         if self.prog_bar:
             pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
         step = logging_step(trainer)
-        self._watch.end_batch(pl_module, self._handles, is_logged=step is not None)
-        if step is None or not scalars:
+        if step is None:
+            return
+        self._watch.check_steps(self._optimizers())
+        if not scalars:
             return
         if norms:
             device = next(iter(norms.values())).device
@@ -314,15 +347,16 @@ class GradientNoise(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else the first steps may have overflowed
-            self._watch.check_steps(pl_module, self._handles)
+        self._watch.check_steps(self._optimizers())
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the noise off the optimizers."""
-        if not self._is_busy_elsewhere(trainer):
-            self._detach()
-            self._restored = None  # a validation's checkpoint is not the next fit's
+        if self._is_busy_elsewhere(trainer):
+            self._has_guest = False
+            return
+        self._detach()
+        self._restored = None  # a validation's checkpoint is not the next fit's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the noise off the optimizers."""
@@ -330,7 +364,8 @@ class GradientNoise(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t of each optimizer's noise: plain numbers and strings."""
-        return {"optimizers": [handle.state_dict() for handle in self._handles.values()] or self._final}
+        states = {**self._states, **{each.number: each.handle.state_dict() for each in self._handles}}
+        return {"optimizers": [states[index] for index in sorted(states)] or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; the optimizers may come later.
@@ -338,6 +373,8 @@ class GradientNoise(pl.Callback):
         Raises:
             ValueError: if it is no state of a GradientNoise; nothing has changed then.
         """
+        if self._has_guest:
+            return
         states = state_dict.get("optimizers") if isinstance(state_dict, dict) else None
         if not isinstance(states, list):
             raise ValueError(f'GradientNoise has a state of {{"optimizers": [...]}}, got {state_dict!r}.')
@@ -352,6 +389,8 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the state of the only noise in a checkpoint also if its schedule was another one."""
+        if self._has_guest:
+            return
         states = {key: state for key, state in checkpoint["callbacks"].items() if _is_state_key(key)}
         if self.state_key in states:
             return
@@ -363,7 +402,7 @@ class GradientNoise(pl.Callback):
 
     def _log_seed(self, trainer: pl.Trainer) -> None:
         if self._handles:
-            self._logged_seed = next(iter(self._handles.values())).seed
+            self._logged_seed = self._handles[0].handle.seed
             log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._logged_seed})
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -376,7 +415,7 @@ class GradientNoise(pl.Callback):
                 f" {len(self._handles)}: their noise starts anew, at t = 0."
             )
             return
-        for handle, saved in zip(self._handles.values(), state["optimizers"], strict=True):
+        for (_, _, handle), saved in zip(self._handles, state["optimizers"], strict=True):
             if self.seed is not None and saved["seed"] != self.seed:
                 rank_zero_warn(
                     f"GradientNoise(seed={self.seed}) goes on from a checkpoint with seed {saved['seed']}: the noise"
@@ -385,11 +424,14 @@ class GradientNoise(pl.Callback):
                 saved = {**saved, "seed": self.seed}
             handle.load_state_dict(saved)
 
+    def _optimizers(self) -> list[Any]:
+        return [each.optimizer for each in self._handles]
+
     def _detach(self) -> None:
         if self._handles:
-            self._final = [handle.state_dict() for handle in self._handles.values()]
-        for handle in self._handles.values():
-            handle.remove()
+            self._final = self.state_dict()["optimizers"]
+        for each in self._handles:
+            each.handle.remove()
         if self._following is not None:
             self._following.remove()
         self._forget_fit()
@@ -404,6 +446,26 @@ class GradientNoise(pl.Callback):
         fresh = GradientNoise.__new__(GradientNoise)
         fresh._forget_fit()
         return {**self.__dict__, **fresh.__dict__}
+
+
+class _Attached(NamedTuple):
+    """An optimizer of the Trainer, its number among those of the fit, and its noise."""
+
+    optimizer: Any
+    number: int
+    handle: GradientNoiseHandle
+
+
+def _distinct(optimizers: list[Any]) -> list[Any]:
+    """Without those that are listed twice, also inside of a wrapper that is listed."""
+    found: list[Any] = []
+    inside: list[Any] = []
+    for optimizer in optimizers:
+        target = updating(optimizer)
+        if all(target is not other for other in inside):
+            found.append(optimizer)
+            inside.append(target)
+    return found
 
 
 def _instances(trainer: pl.Trainer) -> list[GradientNoise]:
