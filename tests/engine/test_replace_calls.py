@@ -161,12 +161,12 @@ def test_replaced_models_copy_and_pickle(name, clone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet", "inception", "loop", "transformer"])
+@pytest.mark.parametrize("name", ["blocks", "inception", "loop", "transformer"])
 def test_replaced_models_compile_without_a_break_and_export(name):
     if name == "loop" and torch.__version__.startswith("2.6."):
         pytest.skip("torch 2.6 doesn't export what counts its passes")
     torch._dynamo.reset()
-    model, x = made(name)
+    model, x = (ResNet().layer2, torch.randn(2, 4, 8, 8)) if name == "blocks" else made(name)
     replace_activations(model, "nsw", example_inputs=x.detach(), **EVERYTHING)
     for module in replaced(model, nn.Dropout):
         module.p = 0.0
@@ -184,7 +184,7 @@ def test_replaced_models_compile_without_a_break_and_export(name):
 @pytest.mark.slow
 def test_inside_of_a_compiled_model_is_replaced_and_compiled_anew():
     torch._dynamo.reset()
-    model = Inception(blocks=1)
+    model = nn.Sequential(BasicConv(3, 4, kernel_size=3), BasicConv(4, 4, kernel_size=3))
     compiled = torch.compile(model, backend="aot_eager")
     before = compiled(IMAGE)
     assert replace_activations(compiled, "nsw") is compiled
