@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
+from lightning_noisy.callbacks._noisy_optimizers import Attached
 from lightning_noisy.schedules import InverseDecay, Schedule
 
 __all__ = ["NoiseWatch"]
@@ -34,9 +35,9 @@ class NoiseWatch:
         sample = parameters[:: 1 + len(parameters) // 16]
         self._versions[index] = [(p, p._version) for p in sample if not is_lazy(p)]
 
-    def check_steps(self, optimizers: list[Any]) -> None:
+    def check_steps(self, attached: list[Attached]) -> None:
         """Warn of optimizers that have changed their parameters, and without noise."""
-        for index, optimizer in enumerate(optimizers):
+        for optimizer, index, _ in attached:
             if index in self.noisy:
                 self._versions.pop(index, None)
             elif any(parameter._version != version for parameter, version in self._versions.get(index, [])):

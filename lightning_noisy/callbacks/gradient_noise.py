@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import secrets
 import weakref
-from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,12 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
 from lightning_noisy.callbacks._noise_watch import NoiseWatch
+from lightning_noisy.callbacks._noisy_optimizers import Attached, NoisyOptimizers
 from lightning_noisy.engine.gradient_noise import (
     GradientNoiseHandle,
     ParameterFilter,
     add_gradient_noise,
     checked_state,
-    updating,
 )
 from lightning_noisy.engine.norms import total_norm
 from lightning_noisy.functional.gaussian import plain
@@ -148,10 +146,7 @@ class GradientNoise(pl.Callback):
         """Begin without a fit, and without what belongs to one."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._has_guest = False  # whether another Trainer validates, say, inside of the fit
-        self._make_handle: Callable[[Any, int], GradientNoiseHandle] | None = None
-        self._handles: list[_Attached] = []
-        self._states: dict[int, dict[str, Any]] = {}  # of optimizers that have left, by index
-        self._left: list[tuple[weakref.ref[Any], int]] = []  # they, and their indices
+        self._noisy: NoisyOptimizers | None = None
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
         self._norms_before: dict[int, Tensor] = {}  # of the batch, by index
@@ -221,7 +216,7 @@ class GradientNoise(pl.Callback):
                 if running is not None and running.state.status == TrainerStatus.RUNNING:
                     callback._follow(running)
 
-        self._make_handle = make_handle
+        self._noisy = NoisyOptimizers(make_handle)
         try:
             self._follow(trainer)
             self._following = register_optimizer_step_pre_hook(follow)
@@ -250,32 +245,10 @@ class GradientNoise(pl.Callback):
         return schedule.resolved(int(total))
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Attach the noise to the Trainer's optimizers; those made anew go on at the t of those before them."""
-        optimizers = _distinct(trainer.optimizers)
-        present = [each.optimizer for each in self._handles]
-        unchanged = len(optimizers) == len(present) and all(map(operator.is_, optimizers, present))
-        if unchanged or self._make_handle is None:
-            return
-        known = {each.number: each.optimizer for each in self._handles}
-        known |= {index: optimizer for reference, index in self._left if (optimizer := reference()) is not None}
-        for each in self._handles:
-            self._states[each.number] = each.handle.state_dict()
-            self._left.append((weakref.ref(each.optimizer), each.number))
-            each.handle.remove()
-        self._handles = []
-        # One that was here has its index again; a new one has its place's, if that is free.
-        indices = [next((i for i, other in known.items() if other is optimizer), None) for optimizer in optimizers]
-        for place, optimizer in enumerate(optimizers):
-            taken = {index for index in indices if index is not None}
-            if (index := indices[place]) is None:
-                free = (i for i in (place, *range(len(known) + len(optimizers))) if i not in taken)
-                index = indices[place] = next(free)
-            handle = self._make_handle(optimizer, index)
-            if index in self._states:
-                handle.load_state_dict(self._states[index])
-            self._handles.append(_Attached(optimizer, index, handle))
-            self._watch.begin(index, handle.parameters())
-        self._left = [(reference, i) for reference, i in self._left if i not in indices]
+        """Attach the noise to the Trainer's present optimizers."""
+        if self._noisy is not None and self._noisy.follow(trainer.optimizers):
+            for each in self._noisy.attached:
+                self._watch.begin(each.number, each.handle.parameters())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that what checkpoints brought differs between instances."""
@@ -334,7 +307,7 @@ class GradientNoise(pl.Callback):
         step = logging_step(trainer)
         if step is None:
             return
-        self._watch.check_steps(self._optimizers())
+        self._watch.check_steps(self._handles)
         if not scalars:
             return
         if norms:
@@ -347,7 +320,7 @@ class GradientNoise(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
-        self._watch.check_steps(self._optimizers())
+        self._watch.check_steps(self._handles)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -364,8 +337,7 @@ class GradientNoise(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t of each optimizer's noise: plain numbers and strings."""
-        states = {**self._states, **{each.number: each.handle.state_dict() for each in self._handles}}
-        return {"optimizers": [states[index] for index in sorted(states)] or self._final}
+        return {"optimizers": (self._noisy and self._noisy.states()) or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; the optimizers may come later.
@@ -424,14 +396,14 @@ class GradientNoise(pl.Callback):
                 saved = {**saved, "seed": self.seed}
             handle.load_state_dict(saved)
 
-    def _optimizers(self) -> list[Any]:
-        return [each.optimizer for each in self._handles]
+    @property
+    def _handles(self) -> list[Attached]:
+        return [] if self._noisy is None else self._noisy.attached
 
     def _detach(self) -> None:
-        if self._handles:
-            self._final = self.state_dict()["optimizers"]
-        for each in self._handles:
-            each.handle.remove()
+        if self._noisy is not None:
+            self._final = self._noisy.states() or self._final
+            self._noisy.remove()
         if self._following is not None:
             self._following.remove()
         self._forget_fit()
@@ -446,26 +418,6 @@ class GradientNoise(pl.Callback):
         fresh = GradientNoise.__new__(GradientNoise)
         fresh._forget_fit()
         return {**self.__dict__, **fresh.__dict__}
-
-
-class _Attached(NamedTuple):
-    """An optimizer of the Trainer, its number among those of the fit, and its noise."""
-
-    optimizer: Any
-    number: int
-    handle: GradientNoiseHandle
-
-
-def _distinct(optimizers: list[Any]) -> list[Any]:
-    """Without those that are listed twice, also inside of a wrapper that is listed."""
-    found: list[Any] = []
-    inside: list[Any] = []
-    for optimizer in optimizers:
-        target = updating(optimizer)
-        if all(target is not other for other in inside):
-            found.append(optimizer)
-            inside.append(target)
-    return found
 
 
 def _instances(trainer: pl.Trainer) -> list[GradientNoise]:
