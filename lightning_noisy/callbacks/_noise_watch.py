@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.nn.parameter import is_lazy
 
+from lightning_noisy.callbacks._noisy_optimizers import Attached
 from lightning_noisy.schedules import InverseDecay, Schedule
 
 __all__ = ["NoiseWatch"]
-
-# The steps are checked at the first logged step after so many batches.
-_BATCHES = 10
 
 # The signal-to-noise ratio that is too low, and at how many logged steps in a row.
 LOW_RATIO = 0.02
@@ -24,41 +21,35 @@ class NoiseWatch:
     """Watches one fit, and warns at most once of each.
 
     Attributes:
-        stepped: the optimizers that Lightning has let step.
-        noisy: the optimizers whose gradients have got noise.
+        noisy: the indices of the optimizers whose gradients have got noise.
     """
 
     def __init__(self) -> None:
-        self.stepped: set[Any] = set()
-        self.noisy: set[Any] = set()
-        self._batches = 0
-        self._is_checked = False
+        self.noisy: set[int] = set()
+        self._versions: dict[int, list[tuple[Any, int]]] = {}  # of some parameters of each optimizer
         self._low_steps = 0
         self._has_warned = False
 
-    def end_batch(self, model: pl.LightningModule, optimizers: Iterable[Any], *, is_logged: bool) -> None:
-        """Count a batch, and check the steps when it is time."""
-        self._batches += 1
-        if is_logged and self._batches >= _BATCHES:
-            self.check_steps(model, optimizers)
+    def begin(self, index: int, parameters: list[Any]) -> None:
+        """Take in the parameters of an optimizer that are to get noise, before it steps."""
+        sample = parameters[:: 1 + len(parameters) // 16]
+        self._versions[index] = [(p, p._version) for p in sample if not is_lazy(p)]
 
-    def check_steps(self, model: pl.LightningModule, optimizers: Iterable[Any]) -> None:
-        """Warn of optimizers that have stepped without noise."""
-        if self._is_checked or not self._batches:
-            return
-        self._is_checked = True
-        # In manual optimization, if no step was seen at all, Lightning may not see them either.
-        unseen = not (self.stepped or self.noisy or model.automatic_optimization)
-        for index, optimizer in enumerate(optimizers):
-            if optimizer not in self.noisy and (unseen or optimizer in self.stepped) and optimizer.param_groups:
+    def check_steps(self, attached: list[Attached]) -> None:
+        """Warn of optimizers that have changed their parameters, and without noise."""
+        for optimizer, index, _ in attached:
+            if index in self.noisy:
+                self._versions.pop(index, None)
+            elif any(parameter._version != version for parameter, version in self._versions.get(index, [])):
+                del self._versions[index]
                 rank_zero_warn(
-                    f"GradientNoise saw no gradient in the steps of optimizer {index} ({type(optimizer).__name__}) in"
-                    f" {self._batches} batches, and added no noise: either there was none, or what updates the"
-                    " parameters is no method `step` of a torch optimizer."
+                    f"Parameters of optimizer {index} ({type(optimizer).__name__}) have changed, and GradientNoise saw"
+                    " no step of it: there is no noise. It sees updates by the method `step` of a torch optimizer."
                 )
 
     def check_ratios(self, ratios: list[float], schedule: Schedule) -> None:
         """Warn if the signal-to-noise ratios of a logged step, and those before, are too low."""
+        ratios = [ratio for ratio in ratios if ratio > 0]  # without a gradient no noise is small enough
         if not ratios:
             return
         self._low_steps = self._low_steps + 1 if min(ratios) < LOW_RATIO else 0

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import weakref
-from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
 from lightning_noisy.callbacks._noise_watch import NoiseWatch
+from lightning_noisy.callbacks._noisy_optimizers import Attached, NoisyOptimizers
 from lightning_noisy.engine.gradient_noise import (
     GradientNoiseHandle,
     ParameterFilter,
@@ -59,8 +59,8 @@ class GradientNoise(pl.Callback):
     A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
     have independent noises, and state; those with the same schedule need a ``name`` each.
 
-    The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero. Leave other
-    elements that are never trained, such as slices that a hook freezes, to ``params``.
+    The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero, unless its weight
+    is parametrized. Leave other elements that are never trained, such as slices that a hook freezes, to ``params``.
 
     Logs to every logger, at the Trainer's logging steps, with ``/<name>`` at the end if it has one (``/noise0``,
     ``/noise1``, ... where several have none), and ``/<index>`` of the optimizer if there are several:
@@ -145,11 +145,11 @@ class GradientNoise(pl.Callback):
     def _forget_fit(self) -> None:
         """Begin without a fit, and without what belongs to one."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._make_handle: Callable[[Any, int], GradientNoiseHandle] | None = None
-        self._handles: dict[Any, GradientNoiseHandle] = {}  # by optimizer
+        self._has_guest = False  # whether another Trainer validates, say, inside of the fit
+        self._noisy: NoisyOptimizers | None = None
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
-        self._norms_before: dict[Any, Tensor] = {}  # of the batch, by optimizer
+        self._norms_before: dict[int, Tensor] = {}  # of the batch, by index
         self._watch = NoiseWatch()
 
     @property
@@ -164,10 +164,13 @@ class GradientNoise(pl.Callback):
         """Find out which of the Trainer's instances this is: each has a stream and tags of its own."""
         if self._is_busy_elsewhere(trainer):
             if stage != "fit":
+                self._has_guest = True
                 return
             raise MisconfigurationException(
                 "This GradientNoise is at work in the fit of another Trainer. Give each Trainer its own."
             )
+        if stage == "fit":
+            self._final = []
         instances = _instances(trainer)
         self._instance = next((i for i, callback in enumerate(instances) if callback is self), 0)
         names = {callback.name for callback in instances}
@@ -180,7 +183,6 @@ class GradientNoise(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the noise to the optimizers."""
         self._detach()
-        self._final = []
         self._trainer = weakref.ref(trainer)
         seed = self.seed
         if seed is None:
@@ -192,7 +194,7 @@ class GradientNoise(pl.Callback):
         later = f"@{trainer.global_step}" if trainer.global_step else ""
 
         def make_handle(optimizer: Any, index: int) -> GradientNoiseHandle:
-            return add_gradient_noise(
+            handle = add_gradient_noise(
                 optimizer,
                 schedule,
                 seed=seed,
@@ -201,12 +203,20 @@ class GradientNoise(pl.Callback):
                 params=self.params,
                 relative=self.relative,
             )
+            handle.warns_of_none = False  # it may have chosen some of another optimizer
+            return handle
+
+        this = weakref.ref(self)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def follow(*_: Any) -> None:
-            self._follow(trainer)
+            callback = this()
+            if callback is not None and callback._trainer is not None:
+                running = callback._trainer()
+                if running is not None and running.state.status == TrainerStatus.RUNNING:
+                    callback._follow(running)
 
-        self._make_handle = make_handle
+        self._noisy = NoisyOptimizers(make_handle)
         try:
             self._follow(trainer)
             self._following = register_optimizer_step_pre_hook(follow)
@@ -215,6 +225,8 @@ class GradientNoise(pl.Callback):
         except BaseException:
             self._detach()
             raise
+        if self.params is not None and not any(each.handle.parameters() for each in self._handles) and self._handles:
+            rank_zero_warn(f"params={self.params!r} chooses none of the optimizers' parameters: there is no noise.")
         self._log_seed(trainer)
 
     def _resolved_schedule(self, trainer: pl.Trainer) -> Schedule:
@@ -233,28 +245,20 @@ class GradientNoise(pl.Callback):
         return schedule.resolved(int(total))
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Attach the noise to the Trainer's optimizers; those made anew go on at the t of those before them."""
-        optimizers = list(dict.fromkeys(trainer.optimizers))
-        if optimizers == list(self._handles) or self._make_handle is None:
-            return
-        states = [handle.state_dict() for handle in self._handles.values()]
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
-        for index, optimizer in enumerate(optimizers):
-            self._handles[optimizer] = handle = self._make_handle(optimizer, index)
-            if index < len(states):
-                handle.load_state_dict(states[index])
+        """Attach the noise to the Trainer's present optimizers."""
+        if self._noisy is not None and self._noisy.follow(trainer.optimizers):
+            for each in self._noisy.attached:
+                self._watch.begin(each.number, each.handle.parameters())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that what checkpoints brought differs between instances."""
-        handles = [handle for callback in _instances(trainer) for handle in callback._handles.values()]
+        handles = [each.handle for callback in _instances(trainer) for each in callback._handles]
         if len({(handle.seed, handle.stream) for handle in handles}) < len(handles):
             raise MisconfigurationException(
                 "Two GradientNoise callbacks would add the same noise: the checkpoint has the stream of one for both."
                 " Give each a name, with which it finds its own state."
             )
-        if any(handle.seed != self._logged_seed for handle in self._handles.values()):
+        if any(each.handle.seed != self._logged_seed for each in self._handles):
             self._log_seed(trainer)  # restored late, as sharded strategies do
 
     def on_train_batch_start(
@@ -262,7 +266,7 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Measure norms if this batch's values will be logged."""
         self._follow(trainer)
-        for handle in self._handles.values():
+        for _, _, handle in self._handles:
             handle.measuring = is_logging_due(trainer)
             handle.std = handle.grad_norm = None
         self._norms_before = {}
@@ -271,15 +275,15 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the norm before clipping."""
-        self._watch.stepped.add(optimizer)
         if not pl_module.automatic_optimization:
             return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             return  # the gradients are still scaled, and Lightning doesn't clip them
-        handle = self._handles.get(optimizer)
-        if handle is not None and handle.measuring and (gradients := handle.gradients(optimizer)):
-            self._norms_before[optimizer] = total_norm(gradients)
+        for each in self._handles:
+            measured = each.optimizer is optimizer and each.handle.measuring
+            if measured and (gradients := each.handle.gradients(optimizer)):
+                self._norms_before[each.number] = total_norm(gradients)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -287,13 +291,13 @@ class GradientNoise(pl.Callback):
         """Log σ and the norms; warn of steps that go by, and of noise without gradient."""
         scalars: dict[str, float] = {}
         norms: dict[str, Tensor] = {}
-        for index, (optimizer, handle) in enumerate(self._handles.items()):
+        for _, index, handle in self._handles:
             suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
             if handle.std is not None:
-                self._watch.noisy.add(optimizer)
+                self._watch.noisy.add(index)
                 scalars[f"gradient_noise/std{suffix}"] = handle.std
-            if optimizer in self._norms_before:
-                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[optimizer]
+            if index in self._norms_before:
+                norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[index]
             if handle.grad_norm is not None:
                 norms[f"grad_norm/after_clipping{suffix}"] = handle.grad_norm
                 if handle.noise_norm:
@@ -301,8 +305,10 @@ class GradientNoise(pl.Callback):
         if self.prog_bar:
             pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
         step = logging_step(trainer)
-        self._watch.end_batch(pl_module, self._handles, is_logged=step is not None)
-        if step is None or not scalars:
+        if step is None:
+            return
+        self._watch.check_steps(self._handles)
+        if not scalars:
             return
         if norms:
             device = next(iter(norms.values())).device
@@ -314,15 +320,16 @@ class GradientNoise(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the noise off the optimizers."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else the first steps may have overflowed
-            self._watch.check_steps(pl_module, self._handles)
+        self._watch.check_steps(self._handles)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the noise off the optimizers."""
-        if not self._is_busy_elsewhere(trainer):
-            self._detach()
-            self._restored = None  # a validation's checkpoint is not the next fit's
+        if self._is_busy_elsewhere(trainer):
+            self._has_guest = False
+            return
+        self._detach()
+        self._restored = None  # a validation's checkpoint is not the next fit's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the noise off the optimizers."""
@@ -330,7 +337,7 @@ class GradientNoise(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, stream and t of each optimizer's noise: plain numbers and strings."""
-        return {"optimizers": [handle.state_dict() for handle in self._handles.values()] or self._final}
+        return {"optimizers": (self._noisy and self._noisy.states()) or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written; the optimizers may come later.
@@ -338,6 +345,8 @@ class GradientNoise(pl.Callback):
         Raises:
             ValueError: if it is no state of a GradientNoise; nothing has changed then.
         """
+        if self._has_guest:
+            return
         states = state_dict.get("optimizers") if isinstance(state_dict, dict) else None
         if not isinstance(states, list):
             raise ValueError(f'GradientNoise has a state of {{"optimizers": [...]}}, got {state_dict!r}.')
@@ -352,6 +361,8 @@ class GradientNoise(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take the state of the only noise in a checkpoint also if its schedule was another one."""
+        if self._has_guest:
+            return
         states = {key: state for key, state in checkpoint["callbacks"].items() if _is_state_key(key)}
         if self.state_key in states:
             return
@@ -363,7 +374,7 @@ class GradientNoise(pl.Callback):
 
     def _log_seed(self, trainer: pl.Trainer) -> None:
         if self._handles:
-            self._logged_seed = next(iter(self._handles.values())).seed
+            self._logged_seed = self._handles[0].handle.seed
             log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._logged_seed})
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -376,7 +387,7 @@ class GradientNoise(pl.Callback):
                 f" {len(self._handles)}: their noise starts anew, at t = 0."
             )
             return
-        for handle, saved in zip(self._handles.values(), state["optimizers"], strict=True):
+        for (_, _, handle), saved in zip(self._handles, state["optimizers"], strict=True):
             if self.seed is not None and saved["seed"] != self.seed:
                 rank_zero_warn(
                     f"GradientNoise(seed={self.seed}) goes on from a checkpoint with seed {saved['seed']}: the noise"
@@ -385,11 +396,14 @@ class GradientNoise(pl.Callback):
                 saved = {**saved, "seed": self.seed}
             handle.load_state_dict(saved)
 
+    @property
+    def _handles(self) -> list[Attached]:
+        return [] if self._noisy is None else self._noisy.attached
+
     def _detach(self) -> None:
-        if self._handles:
-            self._final = [handle.state_dict() for handle in self._handles.values()]
-        for handle in self._handles.values():
-            handle.remove()
+        if self._noisy is not None:
+            self._final = self._noisy.states() or self._final
+            self._noisy.remove()
         if self._following is not None:
             self._following.remove()
         self._forget_fit()

@@ -7,7 +7,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from lightning_noisy.engine.step_hooks import StepHooks, stepping_optimizer
 from lightning_noisy.functional.gaussian import plain
 from lightning_noisy.schedules import HorizonSchedule, Schedule, check_schedule
 
-__all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise", "checked_state"]
+__all__ = ["GradientNoiseHandle", "ParameterFilter", "add_gradient_noise", "checked_state", "updating"]
 
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 
@@ -106,6 +106,7 @@ class GradientNoiseHandle:
         grad_norm: norm of the last measured gradient, over the parameters that get noise, as a 0-dimensional
             tensor; after clipping and before the noise. None before the first.
         noise_norm: root of the expected squared norm of the noise that was added to it, or None.
+        warns_of_none: whether to warn if no parameter is chosen.
     """
 
     def __init__(
@@ -119,10 +120,8 @@ class GradientNoiseHandle:
         params: ParameterFilter | None,
         relative: bool,
     ) -> None:
-        inner = base_optimizer(optimizer)
-        self._zero = None if inner is None else optimizer
-        optimizer = optimizer if inner is None else inner
-        optimizer = stepping_optimizer(optimizer)
+        wrapper, optimizer = optimizer, updating(optimizer)
+        self._zero = None if base_optimizer(wrapper) is None else wrapper
         check_schedule("schedule", schedule)
         if params is not None and not callable(params):
             raise TypeError(f"params must be callable: params(name, parameter) -> bool, got {params!r}.")
@@ -134,6 +133,10 @@ class GradientNoiseHandle:
             raise ValueError(_SHARDS)
         if self._zero is not None and model is None:
             raise ValueError("DeepSpeed's flat vectors have no names of parameters: pass model=engine.module.")
+        if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+            raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}.")
+        if isinstance(stream, bool) or not isinstance(stream, (str, SupportsIndex)):
+            raise TypeError(f"stream must be an int or a str, got {stream!r} of type {type(stream).__name__}.")
         self.seed, self.stream, self.step = checked_state({"seed": seed, "stream": stream, "step": 0})
         if any((other.seed, other.stream) == (self.seed, self.stream) for other in _handles(optimizer)):
             raise ValueError(
@@ -142,6 +145,7 @@ class GradientNoiseHandle:
             )
         self.std: float | None = None
         self.measuring = False
+        self.warns_of_none = True
         self.grad_norm: Tensor | None = None
         self.noise_norm: float | None = None
         self._schedule = schedule
@@ -160,18 +164,19 @@ class GradientNoiseHandle:
         # Of the step under way, or of one that raised: whether there were gradients, and which ones have the noise.
         self._added = False
         self._marks: list[Mark] = []
-        self._hooks = StepHooks(optimizer, begin=self._begin_step, gradients=self._add_noise, end=self._finish_step)
+        self._hooks = StepHooks(
+            wrapper, optimizer, begin=self._begin_step, gradients=self._add_noise, end=self._finish_step
+        )
         self._loading = optimizer.register_load_state_dict_pre_hook(_keep_noise_scales)
         self._optimizer = weakref.ref(optimizer)
-        _ATTACHED.setdefault(optimizer, []).append(weakref.ref(self))
+        _ATTACHED[:] = [each for each in _ATTACHED if each[0]() is not None]
+        _ATTACHED.append((self._optimizer, weakref.ref(self)))
 
     def remove(self) -> None:
         """Take the noise off the optimizer, and forget the model; again has no effect."""
         self._hooks.remove()
         self._loading.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            _ATTACHED[optimizer] = [each for each in _ATTACHED.get(optimizer, []) if each() not in (None, self)]
+        _ATTACHED[:] = [each for each in _ATTACHED if each[1]() is not self]
         self._model = self._params = self._names = self._zero = None
         self._plans.clear()
         self._marks.clear()
@@ -216,11 +221,13 @@ class GradientNoiseHandle:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it as it is
     @torch.no_grad()
-    def _add_noise(self, optimizer: Optimizer) -> None:
-        """Add the noise of the present t to every gradient of the optimizer."""
+    def _add_noise(self, optimizer: Optimizer, again: bool) -> None:
+        """Add the noise of the present t to every gradient of the optimizer; again only if there were none before."""
         if not optimizer.param_groups:  # as of what stands for no optimizer in Lightning
             return
-        # A closure that was evaluated for its loss alone, or a step that raised after the noise and is tried again.
+        if again and (self._added or self._zero is not None):
+            return
+        # A step that raised after the noise, and is tried again.
         if unchanged(self._marks):
             self._added = True
             return
@@ -289,6 +296,11 @@ class GradientNoiseHandle:
         plan = self._current_plan(optimizer)
         return plan.gradients([_noise_scale(group) for group in optimizer.param_groups]) if self._sees_all else []
 
+    def parameters(self) -> list[Any]:
+        """The parameters that get noise, as far as they are known; under DeepSpeed parts of its flat vectors."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None or self._zero is not None else self._current_plan(optimizer).parameters
+
     def _current_plan(self, optimizer: Optimizer) -> NoisePlan:
         """The plan for the optimizer's parameters, made anew when its parameter groups have changed."""
         key = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
@@ -324,7 +336,7 @@ class GradientNoiseHandle:
                 if not is_lazy(parameter) and (self._params is None or self._params(names[parameter], parameter)):
                     chosen[names[parameter]] = parameter
                     groups.append(index)
-        if seen and not chosen:
+        if seen and not chosen and self.warns_of_none:
             warnings.warn(f"params chooses none of the optimizer's {len(seen)} parameters.", stacklevel=2)
         shards = {} if model is None else flat_shards(model)
         self._sees_all = not shards
@@ -357,18 +369,26 @@ class GradientNoiseHandle:
             with whole_shape(parameter):
                 if self._params is None or self._params(names[parameter], parameter):
                     chosen[parameter] = names[parameter]
-        if trained and not chosen:
+        if trained and not chosen and self.warns_of_none:
             warnings.warn(f"params chooses none of the optimizer's {len(trained)} parameters.", stacklevel=2)
         return chosen
 
 
+def updating(optimizer: Any) -> Optimizer:
+    """The optimizer that updates the parameters, inside of a wrapper or of one of DeepSpeed's; raises a TypeError."""
+    inner = base_optimizer(optimizer)
+    return stepping_optimizer(optimizer) if inner is None else inner
+
+
 def _padding(model: nn.Module | None) -> dict[nn.Parameter, tuple[int, int]]:
     """By the weight of an embedding the first element of its padding row, and the row's length."""
-    return {
-        cast(nn.Parameter, module.weight): (module.padding_idx * module.embedding_dim, module.embedding_dim)
-        for module in ([] if model is None else model.modules())
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
-    }
+    found = {}
+    for module in [] if model is None else model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            weight = module._parameters.get("weight")  # a parametrized one is computed, and has none
+            if weight is not None:
+                found[weight] = module.padding_idx * module.embedding_dim, module.embedding_dim
+    return found
 
 
 def _vectors(optimizer: Optimizer) -> list[int]:
@@ -384,12 +404,12 @@ def _noise_scale(group: dict[str, Any]) -> float:
     return scale
 
 
-# The noises of each optimizer, in the order in which they are added. (An optimizer's hooks keep them alive.)
-_ATTACHED: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[GradientNoiseHandle]]] = weakref.WeakKeyDictionary()
+# Optimizers and their noises, in the order in which they are added. (An optimizer's hooks keep them alive.)
+_ATTACHED: list[tuple[weakref.ref[Optimizer], weakref.ref[GradientNoiseHandle]]] = []
 
 
 def _handles(optimizer: Optimizer) -> list[GradientNoiseHandle]:
-    return [handle for each in _ATTACHED.get(optimizer, []) if (handle := each()) is not None]
+    return [handle for of, each in _ATTACHED if of() is optimizer and (handle := each()) is not None]
 
 
 def checked_state(state: Any) -> tuple[int, int | str, int]:

@@ -56,6 +56,9 @@ class NoisePlan:
         shards: for parameters that are flat shards, the index of the first element in the whole.
         padding: for weights of embeddings with a padding row, the index of its first element in the whole, and its
             length: it gets no noise as long as its gradient is zero.
+
+    Attributes:
+        parameters: the parameters, by group.
     """
 
     def __init__(
@@ -73,8 +76,8 @@ class NoisePlan:
         indices = [place.group for place in self._places]
         self._spans = {group: slice(bisect_left(indices, group), bisect_right(indices, group)) for group in {*indices}}
         self._padded = [(p, *padding[p.parameter]) for p in self._places if p.parameter in padding] if padding else []
-        self._parameters = [place.parameter for place in self._places]
-        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self.parameters = [place.parameter for place in self._places]
+        self._sizes = [parameter.numel() for parameter in self.parameters]
         starts, offsets = ([getattr(place, name) for place in self._places] for name in ("start", "offset"))
         self._runs = Runs(offsets, starts, self._sizes)
 
@@ -84,10 +87,8 @@ class NoisePlan:
 
     def marks(self) -> list[Mark]:
         """What shows later whether the gradients are those of now: of up to 16, since a backward pass makes all."""
-        sample: list[Parameter] = [
-            p for p in self._parameters[:: 1 + len(self._parameters) // 16] if p.grad is not None
-        ]
-        sample = sample or [p for p in self._parameters if p.grad is not None][:1]
+        sample: list[Parameter] = [p for p in self.parameters[:: 1 + len(self.parameters) // 16] if p.grad is not None]
+        sample = sample or [p for p in self.parameters if p.grad is not None][:1]
         return [(p, weakref.ref(g), g._version) for p in sample if (g := p.grad) is not None]
 
     def noise_norm(self, stds: list[float]) -> float:
@@ -114,7 +115,7 @@ class NoisePlan:
             TypeError: if a gradient is of a kind that noise can't be added to; none has got any then.
         """
         first, second = stream_key(*stream, step)
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = [parameter.grad for parameter in self.parameters]
         # As in _pointer, written out: of many small gradients a call for each would take a tenth of the time.
         pointers = [
             g.data_ptr()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 __all__ = ["StepHooks", "stepping_optimizer"]
@@ -44,12 +46,14 @@ def _parameters(optimizer: Any) -> set[int]:
 
 
 class StepHooks:
-    """Calls functions with the optimizer when it takes a step.
+    """Calls functions with the optimizer when it takes a step, or a wrapper around it does.
 
     Args:
-        optimizer: any torch optimizer.
+        wrapper: any optimizer.
+        optimizer: the one inside of it, of :func:`stepping_optimizer`; may be the same.
         begin: called when a step begins.
-        gradients: called when its gradients are final: at once, or after each evaluation of the closure.
+        gradients: called when its gradients are final: at once, or after each evaluation of the closure in which there
+            was a backward pass; with True where the step calls that of its base class or of the optimizer inside.
         end: called when the step has ended, but not if it raised.
 
     Raises:
@@ -58,45 +62,58 @@ class StepHooks:
 
     def __init__(
         self,
+        wrapper: Any,
         optimizer: Optimizer,
         *,
         begin: Callable[[Optimizer], None],
-        gradients: Callable[[Optimizer], None],
+        gradients: Callable[[Optimizer, bool], None],
         end: Callable[[Optimizer], None],
     ) -> None:
         self._begin, self._gradients, self._end = begin, gradients, end
-        self._frame: FrameType | None = None  # what runs the step under way
+        self._optimizer = weakref.ref(optimizer)
         _run_hooks(optimizer)
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        hooked = [optimizer]
+        # A wrapper may also update the parameters by itself.
+        if isinstance(wrapper, Optimizer) and wrapper is not optimizer and _has_hooks(wrapper):
+            hooked += [wrapper] if _is_wrapped(type(wrapper).step) else []
+        self._handles = [
+            handle
+            for each in hooked
+            for handle in (
+                each.register_step_pre_hook(self._before_step),
+                each.register_step_post_hook(self._after_step),
+            )
+        ]
 
     def remove(self) -> None:
         """Remove the hooks; again has no effect."""
         for handle in self._handles:
             handle.remove()
-        self._frame = None
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A subclass whose step() calls super().step() fires the hooks again, inside: torch wraps both methods.
-        # The first call's frame tells: it is still running. (A flag would stay up after an exception.)
-        caller = sys._getframe(1)
-        if self._frame is not None and _is_running(self._frame, caller):
-            return None
-        self._frame = caller
-        self._begin(optimizer)
+        main = self._optimizer()
+        assert main is not None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._gradients(optimizer)
+        if self._is_inside(sys._getframe(1)):
+            if not callable(closure):
+                self._gradients(main, True)
             return None
+        self._begin(main)
+        if not callable(closure):
+            self._gradients(main, False)
+            return None
+        evaluations = 0
 
         # Backward and clipping happen in the closure, which LBFGS and line searches evaluate several times.
         def closure_and_hook(*args: Any, **kwargs: Any) -> Any:
+            nonlocal evaluations
+            backward = _Backward(main) if evaluations else None
+            evaluations += 1
             result = closure(*args, **kwargs)
-            self._gradients(optimizer)
+            if backward is None or backward.came():
+                self._gradients(main, False)
             return result
 
         if "closure" in kwargs:
@@ -104,9 +121,58 @@ class StepHooks:
         return (args[0], closure_and_hook, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is sys._getframe(1):
-            self._frame = None
-            self._end(optimizer)
+        main = self._optimizer()
+        if main is not None and not self._is_inside(sys._getframe(1)):
+            self._end(main)
+
+    def _is_inside(self, frame: FrameType) -> bool:
+        """Whether the call of torch's that has fired a hook is inside of another one for the same step.
+
+        A subclass whose step() calls super().step() fires the hooks twice, as torch has wrapped both methods; so does a
+        wrapper that calls the optimizer inside. (A flag would stay up after an exception, and a frame that is kept
+        would keep alive what its callers hold.)
+        """
+        outer = frame.f_back
+        while outer is not None:
+            if outer.f_code is frame.f_code and self in map(_owner, _pre_hooks(outer.f_locals.get("self"))):
+                return True
+            outer = outer.f_back
+        return False
+
+
+def _pre_hooks(optimizer: Any) -> list[Any]:
+    return list(optimizer._optimizer_step_pre_hooks.values()) if _has_hooks(optimizer) else []
+
+
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
+
+
+class _Backward:
+    """Notices a backward pass, from the time when it is made on, by some of an optimizer's parameters."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __init__(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        sample = parameters[:: 1 + len(parameters) // 16]
+        # Sharding sets gradients by itself.
+        self._gradients = [(p, None if p.grad is None else weakref.ref(p.grad)) for p in sample]
+        self._came = False
+        self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in sample]
+
+    def _note(self, _: Any) -> None:
+        self._came = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def came(self) -> bool:
+        """Whether there was one; stops looking."""
+        for handle in self._handles:
+            handle.remove()
+        return self._came or any(p.grad is not (then and then()) for p, then in self._gradients)
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    return all(hasattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
 
 
 def _run_hooks(optimizer: Optimizer) -> None:
@@ -116,7 +182,7 @@ def _run_hooks(optimizer: Optimizer) -> None:
     ``zero_grad``; and it leaves out a method that has taken over the mark of a wrapped one, as by ``functools.wraps``.
     """
     cls = type(optimizer)
-    if not all(hasattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post")):
+    if not _has_hooks(optimizer):
         raise TypeError(
             f"{cls.__name__} has no hooks for its steps, since its __init__ doesn't call Optimizer.__init__. Call that"
             " there, or add the noise to the optimizer that it wraps."
@@ -134,10 +200,3 @@ def _run_hooks(optimizer: Optimizer) -> None:
 def _is_wrapped(step: Any) -> bool:
     """Whether a function is one that torch has made to run hooks: all of these have the same code."""
     return getattr(step, "__code__", None) is Optimizer.profile_hook_step(Optimizer.step).__code__
-
-
-def _is_running(frame: FrameType, inner: FrameType | None) -> bool:
-    """Whether ``frame`` is ``inner`` or one of its callers."""
-    while inner is not None and inner is not frame:
-        inner = inner.f_back
-    return inner is not None

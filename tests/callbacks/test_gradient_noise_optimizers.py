@@ -4,6 +4,8 @@ import lightning as L
 import pytest
 import torch
 from helpers import Flat, Manual, Net, SpySGD, all_equal, batches, fit, loader, parameters_of, quiet_trainer, unit_sgd
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -169,15 +171,13 @@ def hidden_sgd(parameters):
 
 
 def test_gradient_noise_warns_once_of_steps_that_it_does_not_see():
-    with pytest.warns(
-        UserWarning, match=r"saw no gradient in the steps of optimizer 0 \(Hidden\) in 12 batches"
-    ) as seen:
+    with pytest.warns(UserWarning, match=r"Parameters of optimizer 0 \(Hidden\) have changed, .* saw no step") as seen:
         fit(Updates(10, hidden_sgd), [GradientNoise(seed=0)], batches(24), log_every_n_steps=6)
-    assert sum("saw no gradient" in str(each.message) for each in seen) == 1
+    assert sum("saw no step" in str(each.message) for each in seen) == 1
 
 
 def test_gradient_noise_warns_of_unseen_steps_of_a_short_fit_at_its_end():
-    with pytest.warns(UserWarning, match="in 3 batches"):
+    with pytest.warns(UserWarning, match="saw no step"):
         fit(Updates(10, hidden_sgd), [GradientNoise(seed=0)], batches(3))
 
 
@@ -197,17 +197,203 @@ def test_gradient_noise_does_not_warn_of_an_optimizer_that_waits():
     fit(Alternates(), [GradientNoise(seed=0)], batches(30))  # warnings are errors
 
 
+def test_gradient_noise_does_not_warn_of_gradients_that_are_accumulated_or_overflow():
+    class Accumulates(Manual):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(0 * self.w.sum())
+            if batch_idx == 25:
+                self.optimizers().step()
+
+    callback = GradientNoise(seed=0)
+    fit(Accumulates(10), [callback], batches(30))  # warnings are errors
+    assert callback.state_dict()["optimizers"][0]["step"] == 1
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+
+    class Overflows(Flat):
+        def training_step(self, batch, batch_idx):
+            return (self.w * 3e37).sum()
+
+    fit(Overflows(10), [GradientNoise(seed=0)], batches(4), plugins=[precision])
+
+
+def test_gradient_noise_does_not_warn_of_optimizers_without_a_chosen_parameter():
+    class Two(Manual):
+        def __init__(self):
+            super().__init__(10)
+            self.v = nn.Parameter(torch.zeros(10))
+
+        def configure_optimizers(self):
+            return [unit_sgd([self.w]), unit_sgd([self.v])]
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.w.sum() + self.v.sum())
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+    fit(Two(), [GradientNoise(seed=0, params=lambda name, parameter: name == "w")], batches(12))
+    with pytest.warns(UserWarning, match="chooses none of the optimizers' parameters: there is no noise"):
+        fit(Two(), [GradientNoise(seed=0, params=lambda name, parameter: False)], batches(2))
+
+
+def test_gradient_noise_of_a_loss_without_gradient_is_not_called_too_much():
+    fit(Flat(100), [GradientNoise(eta=1e-8, seed=0)], batches(30))  # warnings are errors
+
+
+class Around(torch.optim.Optimizer):
+    """A wrapper without super().__init__."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, {}, base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+
+def test_gradient_noise_of_a_wrapper_and_what_is_inside_of_it_is_added_once():
+    class Both(Manual):
+        def configure_optimizers(self):
+            base = unit_sgd(self.parameters())
+            return [Around(base), base]
+
+        def optimizers(self, use_pl_optimizer=True):
+            return super().optimizers()[0]
+
+    once, both = Manual(100), Both(100)
+    for model in (once, both):
+        fit(model, [GradientNoise(eta=1.0, seed=0)])
+    assert torch.equal(once.w, both.w)
+
+
+def test_gradient_noise_of_an_optimizer_that_leaves_and_comes_back_goes_on():
+    class Two(Manual):
+        def __init__(self):
+            super().__init__(10)
+            self.v = nn.Parameter(torch.zeros(10))
+
+        def configure_optimizers(self):
+            return [unit_sgd([self.w]), unit_sgd([self.v])]
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(0 * (self.w.sum() + self.v.sum()))
+            optimizers = self.optimizers()
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+
+    class Alternates(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.both = list(trainer.optimizers)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            trainer.strategy.optimizers = self.both[1:] if batch_idx % 2 else list(self.both)
+
+    callback = GradientNoise(eta=1.0, seed=0)
+    fit(Two(), [callback, alternates := Alternates()], batches(6))
+    first, second = (optimizer.seen for optimizer in alternates.both)
+    fit(steady := Two(), [GradientNoise(eta=1.0, seed=0)], batches(6))
+    assert all_equal([grads[0] for grads in second], [grads[0] for grads in steady.optimizers()[1].optimizer.seen])
+    assert all_equal([g[0] for g in first], [g[0] for g in steady.optimizers()[0].optimizer.seen[:3]])
+    states = callback.state_dict()["optimizers"]
+    assert [(state["stream"], state["step"]) for state in states] == [("0.0", 3), ("0.1", 6)]
+
+
+def test_gradient_noise_is_not_restored_by_another_trainer_in_the_middle_of_a_fit(tmp_path):
+    callback = GradientNoise(eta=1.0, seed=0)
+
+    class Validates(Flat):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                inner = quiet_trainer(callbacks=[callback])
+                inner.validate(Net(), loader(batches(1)), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+            return super().training_step(batch, batch_idx)
+
+    fit(Net(), [GradientNoise(eta=1.0, seed=5)]).save_checkpoint(tmp_path / "other.ckpt")
+    fit(Validates(10), [callback])
+    assert callback.state_dict()["optimizers"] == [{"seed": 0, "stream": "0.0", "step": 4}]
+
+
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers", "ignore:.*treespec", "ignore:.*is not empty")
+def test_gradient_noise_after_a_learning_rate_finder_in_a_later_fit_starts_anew(tmp_path):
+    class Tunable(Net):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return SpySGD(self.parameters(), lr=self.lr)
+
+    callback = GradientNoise(seed=0)
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    options = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    trainer = quiet_trainer(callbacks=[finder, callback], max_epochs=1, **options)
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(Tunable(), loader(batches(10)))
+        later = f"@{trainer.global_step - 10}" if epochs == 2 else ""
+        assert callback.state_dict()["optimizers"] == [{"seed": 0, "stream": f"0.0{later}", "step": 10}]
+
+
+def test_gradient_noise_on_an_optimizer_without_a_hash():
+    class Equal(SpySGD):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+    fit(model := Flat(10, lambda parameters: Equal(parameters, lr=1.0)), [GradientNoise(eta=1.0, seed=0)])
+    assert model.w.count_nonzero() == 10
+
+
+def test_gradient_noise_of_a_fit_that_nobody_ended_reaches_no_other_optimizer():
+    class Raises(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("in the middle")
+
+        def on_exception(self, *_):
+            raise ValueError("on the way out")  # so that the hook of ours is not called
+
+    trainer = quiet_trainer(callbacks=[Raises(), callback := GradientNoise(eta=1.0, seed=0)])
+    with pytest.raises(ValueError, match="on the way out"):
+        trainer.fit(Flat(10), loader(batches(2)))
+    trainer.optimizers = [unit_sgd(Flat(10).parameters())]
+    fit(plain := Flat(10), [])
+    assert plain.w.count_nonzero() == 0
+    assert callback.state_dict()["optimizers"] == [{"seed": 0, "stream": "0.0", "step": 1}]
+    fit(model := Flat(10), [callback])
+    assert hooks(model.optimizers().optimizer) == 0
+
+
+@pytest.mark.parametrize("of", ["spectral norm", "dropout", "low rank"])
+def test_gradient_noise_runs_no_parametrization_of_an_embedding(of):
+    class LowRank(nn.Embedding):
+        def __init__(self):
+            super().__init__(5, 4, padding_idx=0)
+            del self.weight
+            self.a, self.b = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(1, 4))
+
+        def forward(self, x):
+            return nn.functional.embedding(x, self.a @ self.b)
+
+    def make():
+        torch.manual_seed(0)
+        model = Padded()
+        if of == "low rank":
+            model.embedding = LowRank()
+        elif of == "dropout":
+            nn.utils.parametrize.register_parametrization(model.embedding, "weight", nn.Dropout())
+        else:
+            model.embedding = nn.utils.parametrizations.spectral_norm(model.embedding)
+        return model
+
+    plain, zero = make(), make()
+    for model, callbacks in ((plain, []), (zero, [GradientNoise(eta=0, seed=0)])):
+        torch.manual_seed(1)
+        fit(model, callbacks, batches(3))
+    assert all_equal(list(plain.state_dict().values()), list(zero.state_dict().values()))
+    fit(make(), [GradientNoise(eta=1.0, seed=0)], batches(3))
+
+
 def test_gradient_noise_reaches_a_wrapper_whose_first_step_comes_before_any_zero_grad():
-    class Around(torch.optim.Optimizer):
-        def __init__(self, base):
-            self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, {}, base.state
-
-        def step(self, closure=None):
-            return self.base.step(closure)
-
-        def zero_grad(self, set_to_none=True):
-            self.base.zero_grad(set_to_none)
-
     plain, wrapped = Flat(100), Flat(100, lambda parameters: Around(unit_sgd(parameters)))
     for model in (plain, wrapped):
         callback = GradientNoise(eta=1.0, seed=0)

@@ -307,9 +307,11 @@ def test_bad_arguments_are_refused_with_the_reason():
         add_gradient_noise(optimizer, Constant(1.0), relative="no")
     with pytest.raises(TypeError, match="model must be an nn.Module, got {} of type dict"):
         add_gradient_noise(optimizer, Constant(1.0), model={})
-    for options in ({"seed": 0.5}, {"seed": "0"}, {"stream": None}):
-        with pytest.raises(ValueError, match="seed.*: int, .*stream.*: int or str"):
-            add_gradient_noise(optimizer, Constant(1.0), **options)
+    for seed in (0.5, "0", None, True):
+        with pytest.raises(TypeError, match=f"seed must be an int, got {seed!r}"):
+            add_gradient_noise(optimizer, Constant(1.0), seed=seed)
+    with pytest.raises(TypeError, match="stream must be an int or a str, got None"):
+        add_gradient_noise(optimizer, Constant(1.0), stream=None)
     assert not optimizer._optimizer_step_pre_hooks
     handle = add_gradient_noise(optimizer, lambda t: -1.0)
     with pytest.raises(ValueError, match=r"standard deviation must be >= 0 .* got -1.0 at step 0"):

@@ -329,3 +329,108 @@ def test_noise_scales_survive_the_loading_of_an_older_state():
     handle.remove()
     optimizer.load_state_dict(older.state_dict())
     assert "noise_scale" not in optimizer.param_groups[0]
+
+
+class Switches(torch.optim.SGD):
+    """Updates the parameters by itself, and at every third step by another optimizer of theirs."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, lr=lr)
+        self.other, self.calls = torch.optim.SGD(params, lr=lr), 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure) if self.calls % 3 else self.other.step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_noise_is_in_every_step_of_an_optimizer_that_holds_another_one(with_closure):
+    (w,), optimizer = zero_gradient_sgd(1000, cls=Switches)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    for _ in range(6):
+        w.grad.zero_()
+        optimizer.step(lambda: None) if with_closure else optimizer.step()
+    assert handle.step == 6
+    assert torch.equal(w, expected_noise(6))
+
+
+def test_a_gradient_that_is_changed_between_evaluations_gets_no_second_noise():
+    class Centralized(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.grad.mul_(2)
+            closure(backward=False)
+            return super().step()
+
+    (w,), optimizer = zero_gradient_sgd(1000, cls=Centralized)
+    add_gradient_noise(optimizer, Constant(1.0))
+
+    def closure(backward=True):
+        if backward:
+            optimizer.zero_grad()
+            (0 * w).sum().backward()
+
+    optimizer.step(closure)
+    assert torch.equal(w, 2 * expected_noise())
+    assert not w._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_that_is_computed_anew_gets_the_noise_of_its_step_again(set_to_none):
+    class Twice(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            closure()
+            return super().step()
+
+    (w,), optimizer = zero_gradient_sgd(1000, cls=Twice)
+    add_gradient_noise(optimizer, Constant(1.0))
+
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        (0 * w).sum().backward()
+
+    optimizer.step(closure)
+    assert torch.equal(w, expected_noise())
+
+
+def test_noise_is_on_a_gradient_that_the_step_makes_itself():
+    class ZerothOrder(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            closure()
+            for p in self.param_groups[0]["params"]:
+                p.grad = torch.zeros_like(p)
+            super().step()
+            self.zero_grad()
+
+    w = nn.Parameter(torch.zeros(1000))
+    optimizer = ZerothOrder([w], lr=1.0)
+    handle = add_gradient_noise(optimizer, Constant(1.0))
+    for _ in range(2):
+        optimizer.step(lambda: None)
+    assert handle.step == 2
+    assert torch.equal(w, expected_noise(2))
+
+
+def test_a_step_that_raised_keeps_nothing_alive():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("out of memory, say")
+
+    (_,), optimizer = zero_gradient_sgd(10, cls=Fails)
+    add_gradient_noise(optimizer, Constant(1.0))
+
+    def batch():
+        activations = nn.Linear(1, 1)
+        try:
+            optimizer.step()
+        except RuntimeError:
+            return weakref.ref(activations)
+
+    reference = batch()
+    gc.collect()
+    assert reference() is None
