@@ -12,9 +12,11 @@ from lightning_noisy.schedules import InverseDecay, Schedule
 
 __all__ = ["NoiseWatch"]
 
-# The signal-to-noise ratio that is too low, and at how many logged steps in a row.
+# The signal-to-noise ratio that is too low at all logged steps from the first one to at least the fifth, and t = 200.
+# (Later a model may have learned what it can: its gradients are small then, and the noise is no matter.)
 LOW_RATIO = 0.02
-LOW_STEPS = 10
+LOW_STEPS = 5
+LOW_UNTIL = 200
 
 
 class NoiseWatch:
@@ -27,8 +29,7 @@ class NoiseWatch:
     def __init__(self) -> None:
         self.noisy: set[int] = set()
         self._versions: dict[int, list[tuple[Any, int]]] = {}  # of some parameters of each optimizer
-        self._low_steps = 0
-        self._has_warned = False
+        self._low_steps: int | None = 0  # None once it is known
 
     def begin(self, index: int, parameters: list[Any]) -> None:
         """Take in the parameters of an optimizer that are to get noise, before it steps."""
@@ -47,17 +48,20 @@ class NoiseWatch:
                     " no step of it: there is no noise. It sees updates by the method `step` of a torch optimizer."
                 )
 
-    def check_ratios(self, ratios: list[float], schedule: Schedule) -> None:
-        """Warn if the signal-to-noise ratios of a logged step, and those before, are too low."""
+    def check_ratios(self, ratios: list[float], step: int, schedule: Schedule) -> None:
+        """Warn if the signal-to-noise ratios are too low from the first logged step on; ``step`` is t of this one."""
         ratios = [ratio for ratio in ratios if ratio > 0]  # without a gradient no noise is small enough
-        if not ratios:
+        if not ratios or self._low_steps is None:
             return
-        self._low_steps = self._low_steps + 1 if min(ratios) < LOW_RATIO else 0
-        if self._low_steps == LOW_STEPS and not self._has_warned:
-            self._has_warned = True
+        self._low_steps += 1
+        is_resumed = self._low_steps == 1 and step > LOW_UNTIL
+        if not min(ratios) < LOW_RATIO or is_resumed:
+            self._low_steps = None
+        elif self._low_steps >= LOW_STEPS and step >= LOW_UNTIL:
             smaller = f"eta={schedule.eta / 100:g}" if isinstance(schedule, InverseDecay) else "a smaller one"
             rank_zero_warn(
-                f"gradient_noise/snr was below {LOW_RATIO} at {LOW_STEPS} logged steps in a row, now"
-                f" {min(ratios):.1g}: the steps are nearly all noise. If the loss doesn't fall, replace"
-                f" {schedule!r} by {smaller}, or use relative=True."
+                f"gradient_noise/snr has been below {LOW_RATIO} at all {self._low_steps} logged steps so far, now"
+                f" {min(ratios):.1g}: the steps are nearly all noise. If the loss doesn't fall, replace {schedule!r} by"
+                f" {smaller}, or use relative=True."
             )
+            self._low_steps = None
