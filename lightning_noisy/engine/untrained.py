@@ -33,7 +33,7 @@ class _Watch:
         """Take in a step of an optimizer; names of the parameters that are missed."""
         model = self.model()
         self.is_done = model is None
-        if model is None or optimizer in self._others:
+        if model is None or type(optimizer).__hash__ is None or optimizer in self._others:
             return []
         named = {name: each for name, each in model.named_parameters() if each.requires_grad}
         theirs = {parameter for group in optimizer.param_groups for parameter in group["params"]}
