@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,25 +98,40 @@ def scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def run_processes(script: Path, processes: int, *arguments: str) -> None:
+def run_processes(script: Path, processes: int, *arguments: str, timeout: float = 600) -> None:
     """Run a script of this folder in several processes that form a group; fail with what they said if they fail."""
     paths = Path(__file__).parent, Path(lightning_noisy.__file__).parents[1]  # the package that is tested here
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     environment.pop("PL_GLOBAL_SEED", None)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(script), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    pipe = subprocess.PIPE
+    # A session of its own: the launcher's processes end with it when the time is up.
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as run:
+        try:
+            _, errors = run.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            output, errors = run.communicate()
+            pytest.fail(f"{script.name} took more than {timeout} s and was killed:\n{output[-2000:]}\n{errors[-4000:]}")
+    assert run.returncode == 0, errors[-4000:]
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
     """A folder that several tests read: the first worker that asks for it fills it, and others wait for that."""
     root = factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"shared-{name}"
+    failed = folder.with_suffix(".failed")
     with FileLock(f"{folder}.lock"):
+        if failed.exists():
+            pytest.fail(f"{name} failed in another test: see there")
         if not folder.exists():
             own = factory.mktemp(name)
-            fill(own)
+            try:
+                fill(own)
+            except BaseException:
+                failed.touch()
+                raise
             own.rename(folder)
     return folder
 
