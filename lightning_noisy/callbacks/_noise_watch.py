@@ -58,10 +58,12 @@ class NoiseWatch:
         if not min(ratios) < LOW_RATIO or is_resumed:
             self._low_steps = None
         elif self._low_steps >= LOW_STEPS and step >= LOW_UNTIL:
-            smaller = f"eta={schedule.eta / 100:g}" if isinstance(schedule, InverseDecay) else "a smaller one"
+            smaller = f"less than {schedule!r}"
+            if isinstance(schedule, InverseDecay):
+                smaller = f"eta={schedule.eta / 100:g} in place of {schedule.eta:g}"
             rank_zero_warn(
                 f"gradient_noise/snr has been below {LOW_RATIO} at all {self._low_steps} logged steps so far, now"
-                f" {min(ratios):.1g}: the steps are nearly all noise. If the loss doesn't fall, replace {schedule!r} by"
-                f" {smaller}, or use relative=True."
+                f" {min(ratios):.3g}: the steps are nearly all noise. If the loss doesn't fall, take {smaller}, or"
+                " relative=True, eta=1.0, which starts at a ratio of 1."
             )
             self._low_steps = None

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_noisy.callbacks import _checkpoints
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
+from lightning_noisy.engine.origin import Origin
 from lightning_noisy.engine.policy import Policy, Replacement
-from lightning_noisy.engine.record import KEY, MARKER, records_of, set_noise
 from lightning_noisy.engine.replace import swap
 from lightning_noisy.engine.sites import ActivationSite
 from lightning_noisy.engine.statistics import synchronize_statistics, synchronized_activations
@@ -93,7 +94,7 @@ class ActivationReplacement(pl.Callback):
         self.interval = interval
         self.example_inputs = example_inputs
         self._suffix = ""  # of the tag
-        self._own: Collection[torch.nn.Module] = ()  # what is in the places of this instance, by weak references
+        self._own: list[weakref.ref[torch.nn.Module]] = []  # what is in the places of this instance
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
@@ -102,7 +103,8 @@ class ActivationReplacement(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Swap, or see to it that ``configure_model`` does, unless this model is swapped already."""
-        if self._replaced is not None and self._replaced() is pl_module:
+        present = set(pl_module.modules())
+        if self._is_done(pl_module) and all(each() in present for each in self._own):
             return
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             raise MisconfigurationException(
@@ -148,8 +150,18 @@ class ActivationReplacement(pl.Callback):
         return True
 
     def _replace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._own = weakref.WeakSet(swap(pl_module, self.policy, self.example_inputs)[1])
+        new = {each() for callback in _instances(trainer) for each in callback._own}  # has learned nothing yet
+        named = [(path, each) for path, each in pl_module.named_modules() if Origin.of(each) and each not in new]
+        before = {path: each for path, each in named if each.state_dict()}
+        self._own = [weakref.ref(each) for each in swap(pl_module, self.policy, self.example_inputs)[1]]
         self._replaced = weakref.ref(pl_module)
+        present = set(pl_module.modules())
+        if gone := [path for path, each in before.items() if each not in present]:
+            rank_zero_warn(
+                f"{', '.join(gone)} had been replaced before, by something else than {self.to!r}: what was learned"
+                " there is dropped. Pass the same `to` as before to keep it."
+            )
+        _checkpoints.mark(pl_module)
         if self.noise is not None and not self._annealed(trainer, pl_module):
             raise MisconfigurationException(
                 f"noise={self.noise!r} anneals c of noisy activations, and the model has none after the replacement by"
@@ -159,7 +171,8 @@ class ActivationReplacement(pl.Callback):
     def _annealed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NoisyActivation]:
         """The noisy activations that this instance anneals."""
         alone = sum(callback.noise is not None for callback in _instances(trainer)) == 1
-        inside = {each for module in ([pl_module] if alone else self._own) for each in module.modules()}
+        own = [pl_module] if alone else [module for each in self._own if (module := each()) is not None]
+        inside = {each for module in own for each in module.modules()}
         return [each for each in pl_module.modules() if isinstance(each, NoisyActivation) and each in inside]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -206,32 +219,20 @@ class ActivationReplacement(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say what was replaced with what; mark the weights, so that loading them the plain way fails with a hint."""
-        records = records_of(pl_module)
-        # Also here, since not every strategy keeps what a state_dict has besides its values.
-        checkpoint[KEY] = {path: record.saved(pl_module.get_submodule(path)) for path, record in records.items()}
-        weights = checkpoint["state_dict"]
-        if "" not in records or MARKER in weights:
-            return
-        if isinstance(weights, OrderedDict):  # with what it says besides its values
-            weights[MARKER] = torch.zeros(())
-            weights.move_to_end(MARKER, last=False)  # errors name the keys in their order
-        else:
-            checkpoint["state_dict"] = {MARKER: torch.zeros(()), **weights}
+        """Say what was replaced with what."""
+        _checkpoints.describe(pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """See to it that the same was replaced with the same, and that c is what it was."""
-        records = records_of(pl_module)
-        for path, saved in checkpoint.get(KEY, {}).items():
-            if path in records:
-                if pl_module.strict_loading and (difference := records[path].difference(saved)):
-                    raise MisconfigurationException(difference)
-                set_noise(pl_module.get_submodule(path), saved["c"])
+        _checkpoints.check(pl_module, checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": ()}
+        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": []}
+
+    def _is_done(self, pl_module: pl.LightningModule) -> bool:
+        return self._replaced is not None and self._replaced() is pl_module
 
 
 def _instances(trainer: pl.Trainer) -> list[ActivationReplacement]:

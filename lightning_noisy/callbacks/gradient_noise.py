@@ -47,9 +47,9 @@ class GradientNoise(pl.Callback):
     **Choosing η.** What counts is the size of the noise beside the gradient: look at ``gradient_noise/snr``. Around 1
     the training is disturbed a little, at 0.1 a lot; far below 0.1 the steps are nearly all noise, which helps only a
     model that doesn't learn otherwise, such as one whose weights start at zero. If the loss doesn't fall there, take an
-    η a hundred times smaller, or ``relative=True``, which fixes the ratio. A warning says so if the ratio is below 0.02
-    at all logged steps from the start to the fifth, and to t = 200. (It falls again when a model has learned, whose
-    gradients are small.)
+    η a hundred times smaller, which makes the ratio ten times as large; or ``relative=True, eta=1.0``, which starts at
+    a ratio of 1. A warning says so if the ratio is below 0.02 at all logged steps from the start to the fifth, and to
+    t = 200. (It falls again when a model has learned, whose gradients are small.)
 
     It works in automatic and manual optimization, and follows optimizers that are made anew during a fit. The noise has
     a random stream of its own: it is a function of the seed, the optimizer's index, the parameter's name and t, so all

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
 
+from lightning_noisy.callbacks._checkpoints import set_noise
 from lightning_noisy.engine.policy import Policy, Replacement
-from lightning_noisy.engine.record import KEY, Record, saved_replacements, set_noise
+from lightning_noisy.engine.record import KEY, Record, saved_replacements
 from lightning_noisy.engine.replace import swap
 
 __all__ = ["load_replaced"]
@@ -38,8 +42,9 @@ def load_replaced(
     As ``cls.load_from_checkpoint``, with the replacement in between. A model that calls
     :func:`~lightning_noisy.replace_activations` in its ``__init__`` needs no more than ``load_from_checkpoint``.
 
-    Checkpoints say what was replaced with what, unless something has taken that off the weights; then ``to`` and
-    ``options`` say it. c of noisy activations is that of the checkpoint, if it was annealed.
+    Checkpoints say what was replaced with what, in the metadata of their weights; then ``to`` and ``options`` needn't.
+    What keeps only the values (``dict(model.state_dict())``, safetensors) loses that, and with it c of noisy
+    activations, which then is as ``to`` says.
 
     Args:
         cls: class of the model.
@@ -64,44 +69,75 @@ def load_replaced(
     _check_arguments(cls, arguments, options)
     if options is not None and to is None:
         raise ValueError(f"options say how activations were replaced by to=, and it is missing; got {dict(options)!r}.")
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=weights_only)
-    weights = checkpoint["state_dict"]
-    saved: dict[str, Any] = checkpoint.get(KEY) or saved_replacements(weights)
+    checkpoint = torch.load(checkpoint_path, map_location="meta", weights_only=weights_only)  # without its values
+    saved: dict[str, Any] = checkpoint.get(KEY) or saved_replacements(checkpoint["state_dict"])
     if to is None and not saved and KEY not in checkpoint:
         raise ValueError(
             f"{checkpoint_path} was written without ActivationReplacement. Use {cls.__name__}.load_from_checkpoint; or"
             " pass what its model's activations were replaced with as to=."
         )
     steps = [("", Policy(to, **(options or {})))] if to and (options or not saved) else _steps(saved, to)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are")  # those of the activations
-        warnings.filterwarnings("ignore", message=".*keys that are not in the model state dict.*")
-        # Lightning 2.5.0 doesn't know it, and would pass it to the model.
-        known = inspect.signature(cls.load_from_checkpoint).parameters
-        safe: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in known else {}
-        model = cls.load_from_checkpoint(checkpoint_path, map_location=map_location, strict=False, **safe, **arguments)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
-        for path, policy in steps:
-            swap(model.get_submodule(path), policy, example_inputs)
-    for path, what in saved.items():
-        record = Record.of(model.get_submodule(path))
-        if missing := sorted(set(what["sites"]) - set(record.sites)):
-            raise ValueError(
-                f"{cls.__name__} has no activations {', '.join(missing)}, which were replaced. Pass the arguments, and"
-                " the example_inputs, that the model and the replacement had."
-            )
-        if model.strict_loading and (difference := record.difference(what)):
-            raise ValueError(difference)
-        set_noise(model.get_submodule(path), what["c"])
+
+    def prepare(model: pl.LightningModule) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
+            if saved:  # so it was when the activations were replaced, and was said then
+                warnings.filterwarnings("ignore", message="replace_activations.* left what it could not look into")
+            for path, policy in steps:
+                swap(model.get_submodule(path), policy, example_inputs)
+        for path, what in saved.items():
+            within = model.get_submodule(path)
+            record = Record.of(within)
+            if absent := sorted(set(what["sites"]) - set(record.sites)):
+                raise ValueError(
+                    f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the arguments,"
+                    " and the example_inputs, that the model and the replacement had."
+                )
+            if model.strict_loading and (difference := record.difference(within, what)):
+                raise ValueError(difference)
+
+    # Lightning 2.5.0 doesn't know it, and would pass it to the model.
+    known = inspect.signature(cls.load_from_checkpoint).parameters
+    safe: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in known else {}
     try:
-        model.load_state_dict(weights, strict=model.strict_loading)
-    except RuntimeError as error:
+        with _before_its_state(cls, prepare):
+            model = cls.load_from_checkpoint(checkpoint_path, map_location=map_location, **safe, **arguments)
+    except _UnfitError as unfit:
         raise ValueError(
             f"The weights don't fit {cls.__name__} with its activations replaced by {_said(to, steps)}. Pass to=,"
-            f" options=, example_inputs= and the model's arguments as they were when it was trained. {error}"
-        ) from error
+            f" options=, example_inputs= and the model's arguments as they were when it was trained. {unfit}"
+        ) from unfit.__cause__
+    set_noise(model, checkpoint)
     return model
+
+
+class _UnfitError(Exception):
+    """A state that a model can't take."""
+
+
+@contextmanager
+def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], None]) -> Iterator[None]:
+    """Have a model of ``cls`` prepared between its construction and its ``load_state_dict``.
+
+    For ``load_from_checkpoint``, which does both. Of the class, since it makes the instance, at times one of a
+    subclass.
+    """
+    original = cls.load_state_dict
+    prepared: list[Any] = []
+
+    @functools.wraps(original)
+    def load_state_dict(self: pl.LightningModule, *arguments: Any, **options: Any) -> Any:
+        if prepared or not isinstance(self, pl.LightningModule):
+            return original(self, *arguments, **options)
+        prepared.append(self)
+        prepare(self)
+        try:
+            return self.load_state_dict(*arguments, **options)
+        except RuntimeError as error:
+            raise _UnfitError(str(error)) from error
+
+    with patch.object(cls, "load_state_dict", load_state_dict):
+        yield
 
 
 def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any], options: Any) -> None:

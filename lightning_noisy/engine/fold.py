@@ -97,7 +97,8 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
             each.training = flag
     stay = [f"{name or '(root)'} ({reason})" for name, reason in plans.items() if isinstance(reason, str)]
     if stay:
-        warnings.warn(f"These activations stay normalized: {', '.join(stay)}.", UserWarning, stacklevel=2)
+        message = f"These activations stay normalized: {', '.join(stay)}."
+        warnings.warn(message, UserWarning, stacklevel=3)  # no_grad is in between
     return model
 
 
@@ -185,7 +186,7 @@ class _Uses(TorchFunctionMode):
             elif func in _CALLS and self._stack and self._origin.get(id(args[0])) == name:
                 self._layers[name].append(self._stack[-1])
             else:
-                self._reasons.setdefault(name, f"{getattr(func, '__name__', func)} uses it, too")
+                self._reasons.setdefault(name, f"its output goes into {getattr(func, '__name__', func)}")
         return result
 
     def plan(self, name: str) -> list[nn.Module] | str:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ __all__ = ["Origin", "computes", "fingerprint", "written"]
 
 # What says how statistics are followed, or changes during training; not what is computed.
 _OF_TRAINING = {
-    NoisyActivation: ("c",),
+    NoisyActivation: ("c",),  # as it is now
     NormalizedActivation: ("momentum", "bounds", "max_rejections", "learn_alpha", "stride", "synchronized"),
 }
 
@@ -34,12 +34,14 @@ class Origin:
         call: fingerprint of ``to`` and of what chose the places.
         to: fingerprint of ``to``.
         new: fingerprint of what ``to`` says for the place.
+        site: name of the place.
         folded: whether its normalization is in the next layer's weights.
     """
 
     call: str
     to: str
     new: str
+    site: str
     folded: bool = False
 
     _attribute = "_activation_origin"
@@ -49,44 +51,69 @@ class Origin:
         """The origin of a module, or None if it is none of a replacement's."""
         return None if module is None else module.__dict__.get(cls._attribute)
 
+    @classmethod
+    def folded_in(cls, model: nn.Module) -> dict[str, str]:
+        """The modules of a model whose normalization is in the next layers: names of their places by their paths."""
+        return {path: o.site for path, each in model.named_modules() if (o := cls.of(each)) is not None and o.folded}
+
     def leave(self, module: nn.Module) -> None:
         """Note it on a module."""
         module.__dict__[self._attribute] = self
 
 
-def fingerprint(thing: Any) -> str:
-    """Equal for what means the same.
+def fingerprint(thing: Any, _known: dict[int, tuple[Any, str]] | None = None) -> str:
+    """Equal for what means the same, also in another process: what was defined anew by the same source is the same.
 
-    Names, numbers, and lists and mappings of them count by value, classes by identity, functions by code, defaults and
-    closure: so a function that was defined anew by the same source counts as the same. Other objects count by repr.
+    Functions count by code, defaults, closure and the plain globals that they read; classes by name and methods;
+    modules by class, options and children, of the user's own classes without the children, which may be what is
+    replaced; tensors by value; other objects by class and attributes.
     """
-    return hashlib.sha256(repr(_parts(thing, ())).encode()).hexdigest()
+    if isinstance(thing, (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)):
+        return repr(thing)
+    known = {} if _known is None else _known
+    if id(thing) not in known:
+        known[id(thing)] = thing, "..."  # where it is inside itself, as a recursive function
+        parts = _parts(thing, functools.partial(fingerprint, _known=known))
+        known[id(thing)] = thing, hashlib.sha256(repr(parts).encode()).hexdigest()
+    return known[id(thing)][1]
 
 
-def _parts(thing: Any, around: tuple[int, ...]) -> Any:
-    if id(thing) in around:  # a recursive function
-        return "..."
-    around = (*around, id(thing))
+def _parts(thing: Any, inside: Callable[[Any], str]) -> Any:
     if isinstance(thing, Mapping):
-        return "mapping", sorted((str(key), _parts(value, around)) for key, value in thing.items())
+        return "mapping", sorted((str(key), inside(value)) for key, value in thing.items())
     if isinstance(thing, (list, tuple)):
-        return "sequence", [_parts(each, around) for each in thing]
-    if isinstance(thing, frozenset):  # of a code's constants
-        return "set", sorted(map(repr, thing))
+        return "sequence", [inside(each) for each in thing]
+    if isinstance(thing, (set, frozenset)):
+        return "set", sorted(inside(each) for each in thing)
     if isinstance(thing, functools.partial):
-        return "partial", _parts([thing.func, thing.args, thing.keywords], around)
+        return "partial", inside(thing.func), inside(thing.args), inside(thing.keywords)
     if isinstance(thing, types.MethodType):
-        return "method", _parts(thing.__func__, around), id(thing.__self__)
+        return "method", inside(thing.__func__), inside(thing.__self__)
     if isinstance(thing, types.CodeType):
-        return thing.co_code, thing.co_names, thing.co_freevars, _parts(thing.co_consts, around)
+        return thing.co_code, thing.co_names, thing.co_freevars, inside(thing.co_consts)
     if isinstance(thing, types.FunctionType):
-        cells = [_cell(cell) for cell in thing.__closure__ or ()]
-        return "function", [_parts(each, around) for each in (thing.__code__, thing.__defaults__, cells)] + [
-            _parts(thing.__kwdefaults__, around)
-        ]
-    if inspect.isclass(thing) or isinstance(thing, (nn.Module, torch.Tensor)):
-        return type(thing).__qualname__, id(thing)
-    return repr(thing)
+        if _is_library(thing.__module__):
+            return thing.__module__, thing.__qualname__
+        cells = [inside(_cell(cell)) for cell in thing.__closure__ or ()]
+        read = _globals(thing.__code__, thing.__globals__)
+        plain = [(name, inside(value)) for name, value in read if _is_plain(value)]
+        return inside(thing.__code__), inside(thing.__defaults__), inside(thing.__kwdefaults__), cells, plain
+    if inspect.isclass(thing):
+        own = {} if _is_library(thing.__module__) else vars(thing)
+        methods = {name: each for name, each in own.items() if isinstance(each, types.FunctionType)}
+        return "class", thing.__module__, thing.__qualname__, inside(methods)
+    if isinstance(thing, torch.Tensor):
+        flat = thing.detach().reshape(-1).view(torch.uint8)
+        return "tensor", str(thing.dtype), tuple(thing.shape), None if thing.is_meta else flat.cpu().numpy().tobytes()
+    if isinstance(thing, nn.Module):
+        options = {name: each for name, each in vars(thing).items() if name[:1] != "_" and name != "training"}
+        children = thing._modules if _is_library(type(thing).__module__) else {}
+        return inside(type(thing)), inside(options), inside(children)
+    if hasattr(thing, "tobytes") and hasattr(thing, "shape"):
+        return "array", str(thing.dtype), thing.shape, thing.tobytes()
+    if isinstance(thing, (types.BuiltinFunctionType, types.ModuleType)) or not hasattr(thing, "__dict__"):
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
+    return inside(type(thing)), inside(vars(thing))
 
 
 def _cell(cell: types.CellType) -> Any:
@@ -94,6 +121,33 @@ def _cell(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # still empty
         return None
+
+
+def _globals(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The globals that a code may read, those that are made within it included."""
+    yield from ((name, names[name]) for name in code.co_names if name in names)
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield from _globals(each, names)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a global is data, a function or a class; others may be anything, and change while they are used."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (str, bytes, int, float, complex, type(None), type, types.FunctionType, functools.partial))
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in (
+        "builtins",
+        "torch",
+        "lightning",
+        "lightning_noisy",
+        "pytorch_lightning",
+    )
 
 
 def computes(module: nn.Module) -> str:
@@ -107,6 +161,8 @@ def computes(module: nn.Module) -> str:
         for cls, names in _OF_TRAINING.items():
             if isinstance(module, cls):
                 options = re.sub(rf"\b({'|'.join(names)}|inplace)=(\([^)]*\)|[^,]*)(, )?", "", options).rstrip(", ")
+        if isinstance(module, NoisyActivation):
+            options += f", c={module._first_c:g} at the start"
     inside = [options] if options else []
     inside += [computes(child) for child in module.children()]
     return f"{type(module).__name__}({', '.join(inside)})"

@@ -55,7 +55,7 @@ class Policy:
     """What is to be replaced with what: the options of :func:`~lightning_noisy.replace_activations`.
 
     Raises:
-        TypeError: if ``to`` is nothing to replace activations with.
+        TypeError: if ``to`` is nothing to replace activations with, or an option has another type than it may have.
         ValueError: if a name or an option is unknown.
     """
 
@@ -71,8 +71,19 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_replacement(self.to)
+        for option in ("gates", "outputs", "after_residual"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"{option} must be True or False, got {getattr(self, option)!r}.")
+        if isinstance(self.keep_last, bool) or not isinstance(self.keep_last, int):
+            raise TypeError(f"keep_last must be an integer >= 0, got {self.keep_last!r}.")
         if self.keep_last < 0:
             raise ValueError(f"keep_last must be >= 0, got {self.keep_last!r}.")
+        for option in ("include", "exclude"):
+            _check_rule(option, getattr(self, option))
+        if not isinstance(self.buffer_batchnorm, (bool, str)):
+            raise TypeError(
+                f"buffer_batchnorm must be True, False or the name of a layer, got {self.buffer_batchnorm!r}."
+            )
         if self.batchnorm_affine not in ("keep", "strip"):
             raise ValueError(f'batchnorm_affine must be "keep" or "strip", got {self.batchnorm_affine!r}.')
 
@@ -129,6 +140,17 @@ class Policy:
             for pattern in _patterns(rule):
                 if not any(_matches(site, pattern) for site in sites):
                     yield f"{option}={pattern!r} matches no activation.{_suggestion(pattern, sites)}"
+
+
+def _check_rule(option: str, rule: Rule | None) -> None:
+    if isinstance(rule, Sequence) and not isinstance(rule, str):
+        for each in rule:
+            _check_rule(option, each)
+    elif not (rule is None or isinstance(rule, str) or callable(rule)):
+        raise TypeError(
+            f"{option} must be a pattern of names, a class of modules, a function from a site to a bool, or a sequence"
+            f" of them, got {rule!r}."
+        )
 
 
 def _origin(model: nn.Module, site: ActivationSite) -> Origin | None:

@@ -6,15 +6,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_noisy.engine.calls import NAME
 from lightning_noisy.engine.origin import Origin, computes, written
 from lightning_noisy.engine.policy import New, Policy
 from lightning_noisy.engine.sending import CallSites, send_calls
-from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.nn import registry
 
-__all__ = ["KEY", "MARKER", "Record", "records_of", "saved_replacements", "set_noise"]
+__all__ = ["KEY", "MARKER", "Record", "records_of", "saved_replacements"]
 
 # Under this key the metadata of a state_dict says what was replaced, as the version of a module is there.
 KEY = "lightning_noisy.activations"
@@ -78,7 +78,7 @@ class Record:
         plain = (dict(to) if isinstance(to, Mapping) else to) if names else None
         options = {"batchnorm_affine": policy.batchnorm_affine, "buffer_batchnorm": policy.buffer_batchnorm}
         self.history.append({"to": plain, "sites": list(made), "options": options})
-        self.sites.update({name: (written(news[name]), computes(module)) for name, module in made.items()})
+        self.sites.update({name: (written(news[name]), _computes(module, news[name])) for name, module in made.items()})
 
     def keep(self, model: nn.Module) -> None:
         """Leave the record with the model."""
@@ -88,20 +88,19 @@ class Record:
         model.__dict__[self._attribute] = self
 
     def saved(self, model: nn.Module) -> dict[str, Any]:
-        """What was replaced with what, and c where it was annealed: plain data."""
-        noisy = ((path, each) for path, each in model.named_modules() if isinstance(each, NoisyActivation))
-        return {
-            "history": list(self.history),
-            "sites": {name: list(what) for name, what in self.sites.items()},
-            "c": {path: each.c.item() for path, each in noisy if _is_annealed(each)},
-        }
+        """What was replaced with what, as plain data; what was folded since is plain again."""
+        folded = Origin.folded_in(model).values()
+        history = [{**each, "sites": [name for name in each["sites"] if name not in folded]} for each in self.history]
+        sites = {name: list(what) for name, what in self.sites.items() if name not in folded}
+        return {"history": [each for each in history if each["sites"]], "sites": sites}
 
-    def difference(self, saved: Mapping[str, Any]) -> str:
+    def difference(self, model: nn.Module, saved: Mapping[str, Any]) -> str:
         """What is otherwise than in the model that was saved, as an error says it; empty if nothing is."""
         there: Mapping[str, Sequence[str]] = saved["sites"]
+        present: Mapping[str, Sequence[str]] = self.saved(model)["sites"]
         lines = []
-        for name in sorted({*there, *self.sites}):
-            what, here = there.get(name), self.sites.get(name)
+        for name in sorted({*there, *present}):
+            what, here = there.get(name), present.get(name)
             if what is None or here is None or what[1] != here[1]:
                 lines.append(f"{name or '(root)'}: {_named(what)} in the checkpoint, {_named(here)} in this model")
         more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
@@ -147,7 +146,7 @@ class Record:
                 f"The class of {', '.join(changed)} was extended after its activations were replaced, as by a"
                 " parametrization. Take that off first."
             )
-        if folded := [path for path, module in model.named_modules() if (o := Origin.of(module)) and o.folded]:
+        if folded := Origin.folded_in(model):
             raise ValueError(
                 f"fold_normalization has put the normalization of {', '.join(folded)} into the weights of the next"
                 " layers, which don't suit the activations of before any more. Restore before folding, or a copy."
@@ -187,21 +186,16 @@ def saved_replacements(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {path: each[KEY] for path, each in metadata.items() if KEY in each}
 
 
-def set_noise(model: nn.Module, c: Mapping[str, float]) -> None:
-    """Set c of noisy activations, by their paths."""
-    modules = dict(model.named_modules())
-    for path, value in c.items():
-        if isinstance(module := modules.get(path), NoisyActivation):
-            module.c.fill_(value)
-
-
 def _named(what: Sequence[str] | None) -> str:
     return f"{what[0]} ({what[1]})" if what is not None else "not replaced"
 
 
-def _is_annealed(module: NoisyActivation) -> bool:
-    # While a model is traced its tensors have no values.
-    return type(module.c) is Tensor and not module.c.is_meta and bool(module.c != module._first_c)
+def _computes(module: nn.Module, new: New | None) -> str:
+    """What a new module computes; of registered names the options, too, which their classes may not show."""
+    name, options = registry.parse(new) if isinstance(new, str) else (None, {})
+    if name not in registry.REGISTERED:
+        return computes(module)
+    return f"{computes(module)}: {name}({', '.join(f'{key}={options[key]!r}' for key in sorted(options))})"
 
 
 def _save(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -214,12 +208,12 @@ def _load(
     prefix: str,
     metadata: dict[str, Any],
     _strict: bool,  # is always True
-    _missing: list[str],
-    unexpected: list[str],
+    missing: list[str],
+    _unexpected: list[str],
     _errors: list[str],
 ) -> None:
     state_dict.pop(prefix + MARKER, None)
-    if (saved := metadata.get(KEY)) is not None:
-        if difference := model.__dict__[Record._attribute].difference(saved):
-            unexpected.append(f"\n\n    {difference}\n\n    ")  # an error unless loading isn't strict
-        set_noise(model, saved["c"])
+    saved = metadata.get(KEY)
+    if saved is not None and (difference := model.__dict__[Record._attribute].difference(model, saved)):
+        # An error unless loading isn't strict, and what torch says first.
+        missing.insert(0, f"\n\n    {difference}\n\n    ")

@@ -146,7 +146,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
     for site in sites:
         if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
             folded = (origin := Origin.of(site.module)) is not None and origin.folded
-            Origin(policy.call, policy.of_to, fingerprint(new), folded).leave(there[site.name])
+            Origin(policy.call, policy.of_to, fingerprint(new), site.name, folded).leave(there[site.name])
     if made and sites.not_seen:
         warnings.warn(
             f"replace_activations({type(inside).__name__}, {policy.to!r}) left what it could not look into:"
@@ -226,13 +226,14 @@ def _make(site: ActivationSite, new: New, model: nn.Module, heirs: dict[nn.Modul
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     neighbours = next((found for module in around if (found := list(module.parameters()))), [])
     module = _instantiate(site, new)
-    if getattr(old, "inplace", False):
-        if not hasattr(module, "inplace"):
-            raise ValueError(
-                f"{site.name!r} works in place ({old!r}), {type(module).__name__} does not, and what else reads its"
-                " input would see other values. Build the model with inplace=False."
-            )
-        module.inplace = True  # type: ignore[assignment]
+    inplace = bool(getattr(old, "inplace", False))
+    if inplace and not hasattr(module, "inplace"):
+        raise ValueError(
+            f"{site.name!r} works in place ({old!r}), {type(module).__name__} does not, and what else reads its"
+            " input would see other values. Build the model with inplace=False."
+        )
+    if module is not old and hasattr(module, "inplace"):
+        module.inplace = inplace  # type: ignore[assignment]
     # Only a name or a class says all about a module; two callables may differ in what no repr shows.
     if module is old or ((isinstance(new, str) or inspect.isclass(new)) and _is_alike(module, old)):
         return old

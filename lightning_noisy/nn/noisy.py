@@ -46,7 +46,7 @@ class NoisyActivation(nn.Module):
 
     Attributes:
         p: the learned p, parameter of shape (num_parameters,), uniform in [-1, 1] at the start; or None.
-        c: scale of the noise, 0-dimensional float32 buffer that is in no ``state_dict``.
+        c: scale of the noise, 0-dimensional float32 buffer; a ``state_dict`` has it in its metadata.
         noise_state: seed of the stream and the forward passes that have drawn from it, int64 buffer of shape (2,).
 
     Shape:
@@ -149,10 +149,22 @@ class NoisyActivation(nn.Module):
             self.c = c.to(self.c.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the values, as the version of a module is: c is no value of a network that was trained with none. While
+        # a model is traced its tensors have no values.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and type(self.c) is Tensor and not self.c.is_meta:
+            metadata["c"] = self.c.item()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         if self.c.is_meta and not self.noise_state.is_meta:  # load_state_dict(assign=True)
             self.c = self._initial_c(self.noise_state.device)
+        if "c" in local_metadata and not self.c.is_meta:
+            self.c.fill_(local_metadata["c"])
 
     def _initial_c(self, device: torch.device) -> Tensor:
         return torch.full((), self._first_c, dtype=torch.float32, device=device)

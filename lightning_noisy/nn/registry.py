@@ -70,7 +70,8 @@ _GPN = {f"{name}-gpn": name for name in ("relu", "leaky_relu", "elu", "selu", "t
 
 _ALIASES = {"leakyrelu": "leaky_relu", "nleaky_relu": "nlrelu", "nswish": "nsw", "swish": "silu"}
 
-_registered: dict[str, Callable[..., nn.Module]] = {}
+# What users have added, by name.
+REGISTERED: dict[str, Callable[..., nn.Module]] = {}
 
 
 def names() -> list[str]:
@@ -79,7 +80,7 @@ def names() -> list[str]:
     >>> "nsw" in names()
     True
     """
-    return sorted([*PLAIN, *NORMALIZED, "normalized", *NOISY, *_GPN, *_registered])
+    return sorted([*PLAIN, *NORMALIZED, "normalized", *NOISY, *_GPN, *REGISTERED])
 
 
 def describe() -> str:
@@ -89,7 +90,7 @@ def describe() -> str:
     celu                 torch.nn.CELU
     """
     lines = {name: f"torch.nn.{cls.__name__}" for name, cls in PLAIN.items()}
-    lines |= {name: _first_line(cls) for name, cls in (NORMALIZED | NOISY | _registered).items()}
+    lines |= {name: _first_line(cls) for name, cls in (NORMALIZED | NOISY | REGISTERED).items()}
     lines["normalized"] = "The site's own function, normalized."
     lines |= {
         name: f"{PLAIN[function].__name__}, scaled and shifted for N(0, 1) (GPN)." for name, function in _GPN.items()
@@ -128,7 +129,7 @@ def register(name: str) -> Callable[[_Factory], _Factory]:
         raise ValueError(f"{name!r} is the name of an activation already.")
 
     def add(factory: _Factory) -> _Factory:
-        _registered[name] = factory
+        REGISTERED[name] = factory
         return factory
 
     return add
@@ -136,7 +137,7 @@ def register(name: str) -> Callable[[_Factory], _Factory]:
 
 def unregister(name: str) -> None:
     """Take a name away that :func:`register` gave."""
-    del _registered[name]
+    del REGISTERED[name]
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -194,7 +195,7 @@ def check_spec(spec: str) -> None:
             close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name!r} has no option {option!r}.{hint} It has: {', '.join(sorted(known)) or 'none'}.")
-    if options and name not in _registered:  # of which it isn't known what making one does
+    if options and name not in REGISTERED:  # of which it isn't known what making one does
         try:
             with torch.random.fork_rng([]):
                 create(spec)
@@ -204,8 +205,8 @@ def check_spec(spec: str) -> None:
 
 def _options(name: str) -> list[str] | None:
     """The options that a name may have, or None if that isn't known."""
-    if name in _registered:
-        factory, own = _registered[name], set[str]()
+    if name in REGISTERED:
+        factory, own = REGISTERED[name], set[str]()
     else:
         own = {"function", "device", "dtype"}  # the site says them
         factory = GPNActivation if name in _GPN else (PLAIN | NORMALIZED | NOISY).get(name, NormalizedActivation)
@@ -221,7 +222,7 @@ def _options(name: str) -> list[str] | None:
         found += [each for each in named if each != "self" and each not in {*own, *found}]
         if all(each.kind is not each.VAR_KEYWORD for each in parameters):
             return found
-        if name in _registered:
+        if name in REGISTERED:
             return None
     return None
 
@@ -259,7 +260,7 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
         return NOISY[name](hard, **options)  # type: ignore[arg-type]
     if name in _GPN:
         return GPNActivation(PLAIN[_GPN[name]](), **options)
-    for group in (PLAIN, NORMALIZED, _registered):
+    for group in (PLAIN, NORMALIZED, REGISTERED):
         if name in group:
             return group[name](**options)
     if isinstance(function, str):

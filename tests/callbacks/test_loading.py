@@ -1,7 +1,9 @@
 """Checkpoints of models whose activations were replaced: what loads them, and what is noticed."""
 
 import copy
+import pickle
 import re
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -12,8 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_noisy import ActivationReplacement, load_replaced, replace_activations, restore_activations
-from lightning_noisy.nn import NReLU, NSwish
+from lightning_noisy import (
+    ActivationReplacement,
+    fold_normalization,
+    load_replaced,
+    replace_activations,
+    restore_activations,
+)
+from lightning_noisy.engine.record import MARKER
+from lightning_noisy.nn import NReLU, NSwish, registry
 from lightning_noisy.schedules import Linear
 
 
@@ -44,7 +53,8 @@ def assert_same(loaded, model):
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     x = torch.randn(6, 8)
-    assert torch.equal(loaded.eval().net(x), model.eval().net(x))
+    loaded, model = (each.net if isinstance(each, Net) else each for each in (loaded.eval(), model.eval()))
+    assert torch.equal(loaded(x), model(x))
 
 
 def without_metadata(path):
@@ -185,10 +195,12 @@ def test_load_replaced_does_not_pass_weights_only_to_a_lightning_that_does_not_k
         @classmethod
         def load_from_checkpoint(cls, checkpoint_path, map_location=None, hparams_file=None, strict=None, **kwargs):
             assert kwargs == {}
-            return cls(**kwargs)
+            model = cls(**torch.load(checkpoint_path)["hyper_parameters"])
+            model.load_state_dict(torch.load(checkpoint_path)["state_dict"])
+            return model
 
     loaded = load_replaced(Old, tmp_path / "a.ckpt")
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert_same(loaded.net, model.net)
 
 
 def test_plain_loading_error_has_its_hint_on_lines_of_its_own(tmp_path):
@@ -245,7 +257,6 @@ def test_another_replacement_is_loaded_where_loading_is_not_strict(tmp_path):
 @pytest.mark.parametrize(
     ("to", "other"),
     [
-        ("nah", "nah(c=3.0)"),
         ("nsw", "nswish(momentum=0.5, synchronized=True)"),
         ("nsw", {"relu": "nsw", "tanh": "nsw"}),
         ({"relu": "nsw", "tanh": "nah"}, {"tanh": "nah", "relu": NSwish}),
@@ -256,9 +267,6 @@ def test_what_changes_nothing_in_the_function_is_no_other_replacement(tmp_path, 
     saved = fitted(Deep(), tmp_path / "a.ckpt", to=to)
     model = run(stage, Deep(), tmp_path / "a.ckpt", other)
     if stage != "fit":
-        if other == "nah(c=3.0)":  # it is asked for
-            for i in (1, 3):
-                saved.net[i].c.fill_(3.0)
         x = torch.randn(4, 8)
         assert torch.equal(model.eval().net(x), saved.eval().net(x))
 
@@ -282,6 +290,108 @@ def test_averaged_weights_are_loaded(tmp_path):
     load_replaced(Deep, tmp_path / "a.ckpt")
     again = quiet_trainer(callbacks=[ActivationReplacement("nsw"), callbacks.WeightAveraging()], max_epochs=2)
     again.fit(Deep(), loader(batches(4)), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_another_c_is_another_replacement(tmp_path):
+    fitted(Deep(), tmp_path / "a.ckpt", to="nah", noise=Linear(9.0))
+    with pytest.raises(RuntimeError, match=r"net.3: 'nah' .*c=0.5 at .* checkpoint, 'nah\(c=3\)' .*c=3 at the start"):
+        run("test", Deep(), tmp_path / "a.ckpt", "nah(c=3)")
+
+
+class Own(nn.Module):
+    """An activation that shows no options."""
+
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return self.slope * x.tanh()
+
+
+def test_options_of_registered_activations_are_compared(tmp_path):
+    registry.register("own")(Own)
+    try:
+        fitted(Deep(), tmp_path / "a.ckpt", to="own(slope=2)")
+        run("test", Deep(), tmp_path / "a.ckpt", "own( slope=2 )")
+        with pytest.raises(RuntimeError, match=r"net.3: 'own\(slope=2\)' .* 'own\(slope=3\)' .* in this model"):
+            run("test", Deep(), tmp_path / "a.ckpt", "own(slope=3)")
+    finally:
+        registry.unregister("own")
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoint_of_activations_without_parameters_does_not_load_the_plain_way(tmp_path, weights_only, averaged):
+    if averaged and not hasattr(callbacks, "WeightAveraging"):
+        pytest.skip("WeightAveraging came with lightning 2.6")
+
+    def fit(model, *others, **options):
+        own = [ActivationReplacement("gelu"), *([callbacks.WeightAveraging()] if averaged else []), *others]
+        trainer = quiet_trainer(callbacks=own, enable_checkpointing=bool(others), max_epochs=2)
+        trainer.fit(model, loader(batches(4)), **options)
+
+    model = Deep()
+    fit(model, ModelCheckpoint(tmp_path, "a", save_weights_only=weights_only))
+    with pytest.raises(RuntimeError, match=r"load with lightning_noisy.load_replaced\(Model, path\)"):
+        Deep.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert type(load_replaced(Deep, tmp_path / "a.ckpt").net[1]) is nn.GELU
+    if not weights_only:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty")
+            fit(Deep(), ModelCheckpoint(tmp_path, "a"), ckpt_path=tmp_path / "a.ckpt")
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each.on_save_checkpoint(checkpoint := {"state_dict": each.state_dict()})
+        assert MARKER in checkpoint["state_dict"]
+        assert each.on_save_checkpoint.args[0] is each
+    restore_activations(model).on_save_checkpoint(checkpoint := {"state_dict": model.state_dict()})
+    assert MARKER not in checkpoint["state_dict"]
+
+
+class Hooked(Deep):
+    """Keeps something of its own in its checkpoints, and other names of its parameters."""
+
+    epochs = 0
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["own"] = 7
+        checkpoint["state_dict"] = {f"_{name}": value for name, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint):
+        self.epochs = checkpoint["own"]
+        checkpoint["state_dict"] = {name.removeprefix("_"): v for name, v in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoint_hooks_of_the_model_are_called(tmp_path, weights_only):
+    model = fitted(Hooked(), tmp_path / "a.ckpt", to="nsw", weights_only=weights_only)
+    loaded = load_replaced(Hooked, tmp_path / "a.ckpt", to="nsw" if weights_only else None)
+    assert loaded.epochs == 7
+    assert_same(loaded, model)
+
+
+def test_load_replaced_leaves_the_class_as_it_was(tmp_path):
+    fitted(replace_activations(Deep(), "nsw"), tmp_path / "a.ckpt")
+    before = dict(vars(Deep))
+    load_replaced(Deep, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="don't fit"):
+        load_replaced(Deep, tmp_path / "a.ckpt", width=5)
+    assert dict(vars(Deep)) == before
+
+
+def test_checkpoint_of_a_folded_model_is_one_of_the_plain_model(tmp_path):
+    model = fitted(Deep(), tmp_path / "a.ckpt", to="nsw")
+    trainer = quiet_trainer(callbacks=[ActivationReplacement("nsw")])
+    trainer.validate(model, loader(batches(1)), verbose=False)
+    x = torch.randn(6, 8)
+    fold_normalization(model.net, x)
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    plain = Deep.load_from_checkpoint(tmp_path / "b.ckpt")
+    plain.net[1], plain.net[3] = nn.SiLU(), nn.SiLU()
+    assert torch.equal(plain.net(x), model.eval().net(x))
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"net.1: not replaced in the checkpoint, 'nsw' \(NSwish\(silu\)\) in this"):
+        run("test", Deep(), tmp_path / "b.ckpt", "nsw")
 
 
 def test_two_callbacks_resume_test_and_load(tmp_path):

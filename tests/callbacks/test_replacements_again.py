@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_noisy import ActivationReplacement, replace_activations
+from lightning_noisy import ActivationReplacement, replace_activations, restore_activations
 from lightning_noisy.nn import NAH, NAN, NSwish
 from lightning_noisy.schedules import Constant, Linear
 
@@ -211,6 +211,37 @@ def test_one_of_several_callbacks_that_has_nothing_to_anneal_is_refused():
     ]
     with pytest.raises(MisconfigurationException, match="none after the replacement by 'gelu'"):
         fit(Deep(), *callbacks)
+
+
+@pytest.mark.parametrize("model", [Deep, Late])
+def test_the_same_callback_replaces_again_what_was_restored(model):
+    made, callback = model(), ActivationReplacement("nsw")
+    fit(made, callback)
+    restore_activations(made)
+    assert type(made.net[3]) is nn.ReLU
+    trainer = fit(made, callback)
+    assert type(made.net[3]) is NSwish
+    assert any(made.net[3].alpha is p for group in trainer.optimizers[0].param_groups for p in group["params"])
+
+
+def test_another_replacement_by_a_new_callback_says_what_it_drops():
+    model = Deep()
+    fit(model, ActivationReplacement({"relu": "nsw", "tanh": "gelu"}))
+    with pytest.warns(
+        UserWarning, match=r"net.3, net.5 had been replaced before, .* 'nrelu': what was learned .* dropped"
+    ):
+        fit(model, ActivationReplacement("nrelu"))
+
+
+def test_new_callback_of_an_object_of_the_same_content_keeps_what_was_learned():
+    model = Deep()
+    fit(model, ActivationReplacement(Momentum(0.2)))
+    kept = model.net[3]
+    fit(model, ActivationReplacement(Momentum(0.2)))
+    assert model.net[3] is kept
+    with pytest.warns(UserWarning, match="what was learned there is dropped"):
+        fit(model, ActivationReplacement(Momentum(0.3)))
+    assert model.net[3] is not kept
 
 
 def test_several_callbacks_pool_statistics_once(monkeypatch):

@@ -82,10 +82,11 @@ def test_what_can_not_be_exact_stays_and_is_named():
         fold_normalization(model, x)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert sorted(left(model)) == ["branch", "output", "padded", "shared_by", "twice"]
+    assert record[0].filename == __file__
     message = str(record[0].message)
     for name, reason in {
         "twice": "it is called several times",
-        "branch": "add uses it, too",
+        "branch": "its output goes into add",
         "output": "it is an output of the model",
         "padded": "getitem",
         "shared_by": "the next layer's weight is used elsewhere, too",

@@ -1,7 +1,13 @@
 """What may be asked for, and what is said of what can't be."""
 
+import copy
 import functools
+import os
+import subprocess
+import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,6 +101,28 @@ def test_wrong_policy_is_noticed_by_the_callback_too():
         ActivationReplacement("nsw", batchnorm_affine="drop")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": "no"}, "gates must be True or False, got 'no'"),
+        ({"outputs": 1}, "outputs must be True or False, got 1"),
+        ({"after_residual": None}, "after_residual must be"),
+        ({"keep_last": "3"}, "keep_last must be an integer >= 0, got '3'"),
+        ({"keep_last": True}, "keep_last must be an integer"),
+        ({"include": 3}, "include must be a pattern .* got 3"),
+        ({"exclude": ["encoder.*", 3]}, "exclude must be a pattern .* got 3"),
+        ({"buffer_batchnorm": 1.0}, "buffer_batchnorm must be True, False or the name of a layer, got 1.0"),
+    ],
+)
+def test_options_of_another_type_are_refused_before_anything_is_changed(options, message):
+    model = Coder()
+    with pytest.raises(TypeError, match=message):
+        replace_activations(model, "nsw", **options)
+    with pytest.raises(TypeError, match=message):
+        ActivationReplacement("nsw", **options)
+    assert type(model.encoder[1]) is nn.ReLU
+
+
 @pytest.mark.parametrize("to", ["nah(c=5)", {"relu": "nah(alpha=1.1, c=5)"}])
 def test_c_in_a_name_beside_noise_is_refused(to):
     with pytest.raises(ValueError, match=r"noise= sets c at every step, and 'nah\(.*c=5\)' has a c of its own"):
@@ -129,6 +157,20 @@ def test_pattern_that_is_suggested_matches():
     assert "activation_calls" not in model[2]._modules
 
 
+class Holder:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __call__(self, site):
+        return NSwish()
+
+
+def reads_global(value):
+    namespace = {"NSwish": NSwish, "value": value, "other": object()}
+    exec("def make(site): return NSwish(beta=value), other", namespace)
+    return namespace["make"]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "same"),
     [
@@ -145,7 +187,21 @@ def test_pattern_that_is_suggested_matches():
         (lambda s: [f(s) for f in (lambda x: x + 1,)], lambda s: [f(s) for f in (lambda x: x + 2,)], False),
         (functools.partial(NSwish, beta=0.1), functools.partial(NSwish, beta=0.1), True),
         (functools.partial(NSwish, beta=0.1), functools.partial(NSwish, beta=0.2), False),
-        (nn.ReLU().forward, nn.ReLU().forward, False),
+        (nn.LeakyReLU(0.1).forward, nn.LeakyReLU(0.1).forward, True),
+        (nn.LeakyReLU(0.1).forward, nn.LeakyReLU(0.2).forward, False),
+        (Holder(beta=0.1), Holder(beta=0.1), True),
+        (Holder(beta=0.1), Holder(beta=0.2), False),
+        (Holder(inner=Holder(x=1)), Holder(inner=Holder(x=2)), False),
+        (Holder(lock=threading.Lock()), Holder(lock=threading.Lock()), True),
+        (Holder(x=torch.arange(9000)), Holder(x=torch.arange(9000)), True),
+        (Holder(x=torch.arange(9000)), Holder(x=torch.cat([torch.arange(8999), torch.tensor([0])])), False),
+        (Holder(x=np.arange(9000)), Holder(x=np.arange(9000)[::-1]), False),
+        (Holder(x=torch.zeros(2)), Holder(x=torch.zeros(2).bfloat16()), False),
+        (Holder(x={1, 2}), Holder(x={2, 1}), True),
+        (nn.Sequential(nn.ELU(0.5)).forward, nn.Sequential(nn.ELU(0.6)).forward, False),
+        (reads_global(0.1), reads_global(0.1), True),
+        (reads_global(0.1), reads_global(0.2), False),
+        (reads_global(lambda: 1), reads_global(lambda: 2), False),
     ],
 )
 def test_fingerprint_tells_what_means_another_thing(first, second, same):
@@ -161,4 +217,45 @@ def test_fingerprint_looks_into_closures_and_ends_in_recursive_ones():
 
     assert fingerprint(made(1)) == fingerprint(made(1))
     assert fingerprint(made(1)) != fingerprint(made(2))
-    assert fingerprint(made(nn.ReLU())) != fingerprint(made(nn.ReLU()))
+    assert fingerprint(made(nn.ELU(0.5))) == fingerprint(made(nn.ELU(0.5)))
+    assert fingerprint(made(nn.ELU(0.5))) != fingerprint(made(nn.ELU(0.6)))
+
+
+def test_fingerprint_is_that_of_another_process():
+    code = (
+        "import functools; from torch import nn; from lightning_noisy.engine.origin import fingerprint\n"
+        "class Own(nn.Module):\n    def forward(self, x): return x\n"
+        "print(fingerprint([lambda site: Own(), functools.partial(nn.ELU, 0.5), {'a', 'b', 'c'}, Own()]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+
+    def run(seed):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert len(run("1").strip()) == 64
+    assert run("1") == run("2")
+
+
+def test_fingerprint_of_what_holds_the_model_itself_stays_when_it_is_swapped():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.beta = Coder(), 0.3
+
+        def maker(self):
+            return lambda site: NSwish(beta=self.beta)
+
+    model = Model()
+    before = fingerprint(model.maker())
+    replace_activations(model, model.maker())
+    assert fingerprint(model.maker()) == before
+    model.beta = 0.4
+    assert fingerprint(model.maker()) != before
+
+
+def test_fingerprint_is_quick_where_objects_are_shared():
+    shared = Holder(x=0)
+    for _ in range(60):
+        shared = Holder(first=shared, second=shared)
+    assert fingerprint(shared) == fingerprint(copy.deepcopy(shared))

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 
 import pytest
@@ -255,6 +256,23 @@ def test_replace_keeps_the_meaning_of_working_in_place(inplace):
     activated = x.relu() - 0.5
     expected = model.linear(activated) + (activated if inplace else x)
     torch.testing.assert_close(model(x.clone()), expected)
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "silu(inplace=True)",
+        lambda site: nn.SiLU(inplace=True),
+        functools.partial(nn.LeakyReLU, 0.1),  # of which the second argument, here the site, is `inplace`
+        {"relu": lambda site: nn.ELU(inplace=True)},
+    ],
+)
+def test_what_an_activation_reads_is_not_changed_by_one_that_works_in_place(to):
+    model = replace_activations(Residual(inplace=False), to)
+    x = torch.randn(3, 4)
+    before = x.clone()
+    torch.testing.assert_close(model(x), model.linear(model.act(before.clone())) + before)
+    assert torch.equal(x, before)
 
 
 def test_replace_refuses_an_in_place_site_for_a_module_that_cannot():

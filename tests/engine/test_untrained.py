@@ -9,7 +9,6 @@ from helpers import Net, batches, loader, quiet_trainer
 from torch import nn
 
 from lightning_noisy import ActivationReplacement, replace_activations, restore_activations
-from lightning_noisy.engine import untrained
 
 
 def mlp(*, bias=True):
@@ -26,18 +25,8 @@ def steps(model, optimizers, count=3, *, x=None):
             optimizer.step()
 
 
-@pytest.fixture(autouse=True)
-def _unwatched():
-    untrained._watches.clear()
-    yield
-    untrained._watches.clear()
-
-
-@pytest.fixture
-def silent():
-    """Nothing is watched afterwards; warnings are errors anyway."""
-    yield
-    assert untrained._watches == []
+def hooks(optimizer):
+    return len(optimizer._optimizer_step_post_hooks)
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -49,30 +38,42 @@ def test_swap_after_the_optimizer_was_made_warns_once_and_names_the_parameters(c
     with pytest.warns(UserWarning, match=r"SGD trains Sequential, but not 1.alpha, 3.p: it was made before") as record:
         steps(model, [optimizer], count)
     assert len(record) == 1
-    assert untrained._watches == []
 
 
-def test_second_optimizer_that_misses_them_warns_at_the_end_of_the_round():
-    model = mlp(bias=False)
-    optimizers = [torch.optim.SGD([model[i].weight], lr=0.1) for i in (0, 2, 4)]
+def test_optimizer_of_a_part_that_was_made_before_warns():
+    model = mlp()
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
     replace_activations(model, "nsw")
     with pytest.warns(UserWarning, match="SGD trains Sequential, but not 1.alpha, 3.alpha"):
-        steps(model, optimizers, 2)
+        steps(model, [optimizer])
 
 
-def test_optimizer_made_after_the_swap_is_silent(silent):
+@pytest.mark.parametrize("chosen", [lambda p: True, lambda p: p.dim() > 1], ids=["all", "matrices"])
+def test_optimizer_made_after_the_swap_is_silent(chosen):
     model = replace_activations(mlp(), "nsw")
-    steps(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
+    steps(model, [torch.optim.SGD([p for p in model.parameters() if chosen(p)], lr=0.1)])
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameters_of_one_dimension_in_an_optimizer_of_their_own_are_silent(silent, bias):
-    model = replace_activations(mlp(bias=bias), "nsw")
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    steps(model, [torch.optim.SGD(group, lr=0.1) for group in groups])
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_optimizer_of_the_new_parameters_alone_is_silent(weights_first):
+    model = mlp()
+    before = set(model.parameters())
+    optimizers = [torch.optim.SGD(before, lr=0.1)]
+    replace_activations(model, "nsw")
+    optimizers.append(torch.optim.SGD([p for p in model.parameters() if p not in before], lr=0.1))
+    steps(model, optimizers if weights_first else optimizers[::-1])
 
 
-def test_parts_that_are_trained_in_turn_are_silent(silent):
+def test_later_group_of_an_optimizer_made_after_the_swap_is_silent():
+    model = replace_activations(mlp(), "nsw")
+    activations = {p for module in (model[1], model[3]) for p in module.parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p not in activations], lr=0.1)
+    steps(model, [optimizer])  # a warm-up
+    optimizer.add_param_group({"params": list(activations)})
+    steps(model, [optimizer])
+
+
+def test_parts_that_are_trained_in_turn_are_silent():
     model = nn.ModuleList([mlp(), mlp()])
     replace_activations(model, "nsw")
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
@@ -80,7 +81,7 @@ def test_parts_that_are_trained_in_turn_are_silent(silent):
         steps(model[turn], [optimizers[turn]], 2)
 
 
-def test_added_parameter_group_is_silent(silent):
+def test_added_parameter_group_is_silent():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = set(model.parameters())
@@ -90,7 +91,7 @@ def test_added_parameter_group_is_silent(silent):
 
 
 @pytest.mark.parametrize("to", ["silu", "nsw(learn_alpha=False)", "frozen", "restored"])
-def test_without_new_parameters_to_train_it_is_silent(silent, to):
+def test_without_new_parameters_to_train_it_is_silent(to):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if to == "frozen":
@@ -104,20 +105,51 @@ def test_without_new_parameters_to_train_it_is_silent(silent, to):
     steps(model, [optimizer])
 
 
-def test_choosing_a_part_of_the_model_to_train_is_silent():
-    model = replace_activations(mlp(), "nsw")
-    steps(model, [torch.optim.SGD(model[4].parameters(), lr=0.1)], 101)
-    assert untrained._watches == []
-
-
 def test_other_models_and_dead_ones_are_silent():
-    model, other = replace_activations(mlp(), "nsw"), mlp()
+    other = mlp()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    steps(other, [optimizer])
-    del model
+    model = replace_activations(mlp(), "nsw")
+    assert hooks(optimizer) == 0
+    shared = nn.Sequential(model[0], nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(shared.parameters(), lr=0.1)
+    replace_activations(shared, "nsw")
+    assert hooks(optimizer) == 1
+    del shared
     gc.collect()
-    steps(other, [optimizer])
-    assert untrained._watches == []
+    optimizer.step()
+
+
+class Outside(torch.optim.Optimizer):
+    """A wrapper that skips `super().__init__`."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.defaults = inner, inner.param_groups, inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+def test_wrapper_without_hooks_warns_by_its_inner_optimizer():
+    model = mlp()
+    optimizer = Outside(torch.optim.SGD(model.parameters(), lr=0.1))
+    replace_activations(model, "nsw")
+    with pytest.warns(UserWarning, match="SGD trains Sequential, but not 1.alpha, 3.alpha") as record:
+        steps(model, [optimizer])
+    assert len(record) == 1
+
+
+def test_optimizers_are_found_without_running_code_of_other_objects():
+    class Poser:
+        @property
+        def __class__(self):
+            raise AssertionError
+
+    posers = [Poser()]
+    replace_activations(mlp(), "nsw")
+    assert posers
 
 
 def test_compiled_step_of_an_optimizer_is_not_broken_by_looking():
@@ -156,5 +188,5 @@ def test_swap_too_late_in_a_fit_warns_at_its_start(model):
     assert seen == [1]
 
 
-def test_swap_by_the_callback_is_silent(silent):
+def test_swap_by_the_callback_is_silent():
     quiet_trainer(callbacks=[ActivationReplacement("nsw")]).fit(Net(), loader(batches(3)))

@@ -1,5 +1,8 @@
 """The callbacks and their schedules in a LightningCLI YAML file."""
 
+import re
+from pathlib import Path
+
 import lightning as L
 import pytest
 from helpers import Net, batches, loader
@@ -7,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_noisy.nn import NAH, NLeakyReLU, NReLU, NSwish
-from lightning_noisy.schedules import Linear, Warmup
+from lightning_noisy.schedules import InverseDecay, Linear, Warmup
 
 pytest.importorskip("jsonargparse")
 
@@ -62,6 +65,21 @@ def test_callbacks_are_made_and_run_from_yaml(tmp_path, monkeypatch):
     assert "rho/net.1" in cli.trainer.callback_metrics
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_readme_yaml_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train"])
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    (tmp_path / "config.yaml").write_text(text)
+    quiet = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    arguments = ["fit", "--config", str(tmp_path / "config.yaml")]
+    cli = LightningCLI(
+        Deep, Data, args=arguments, trainer_defaults=quiet, save_config_callback=None, seed_everything_default=False
+    )
+    assert [type(layer) for layer in cli.model.net[1::2]] == [NReLU, nn.LeakyReLU, NAH]
+    assert cli.trainer.callbacks[1].schedule == InverseDecay(1e-4)
+
+
 def replacement(tmp_path, monkeypatch, options):
     """The callback that LightningCLI makes of lines of YAML, and its model after a fit."""
     monkeypatch.setattr("sys.argv", ["train"])
@@ -86,6 +104,7 @@ class Deep(Net):
         ("to: {relu: nrelu, leaky_relu: nlrelu}", [NReLU, NLeakyReLU, nn.Tanh]),
         ("to:\n  relu: nrelu\n  tanh: torch.nn.SiLU", [NReLU, nn.LeakyReLU, nn.SiLU]),
         ("to: torch.nn.SiLU\nexclude: [net.1, 'net.5']", [nn.ReLU, nn.SiLU, nn.Tanh]),
+        ("to: {relu: 'elu(alpha=0.3)', leaky_relu: elu}", [nn.ELU, nn.ELU, nn.Tanh]),
         ("to: {relu: nah, tanh: nah}\ninclude:\n  - net.1\n  - net.3", [NAH, nn.LeakyReLU, nn.Tanh]),
     ],
 )

@@ -131,7 +131,8 @@ def test_meta_device_is_left_with_all_values():
 
 @pytest.mark.parametrize("name", sorted(registry.NOISY))
 @pytest.mark.parametrize("way", ["to_empty", "children alone", "half", "assign", "swapped on meta"])
-def test_c_of_a_model_made_on_the_meta_device_is_the_initial_one(name, way):
+@pytest.mark.parametrize("saved", [7.0, None])
+def test_c_of_a_model_made_on_the_meta_device_is_the_saved_or_the_initial_one(name, way, saved):
     spec = f"{name}(c=0.25)"
     expected = nn.Sequential(nn.Linear(3, 3), registry.create(spec))
     expected[1].c.fill_(7.0)
@@ -151,10 +152,12 @@ def test_c_of_a_model_made_on_the_meta_device_is_the_initial_one(name, way):
         for value in (*module._parameters.values(), *(module._buffers[n] for n in module._buffers if n != "c")):
             if value is not None and not value.is_meta:
                 value.data.fill_(-3)
-    model.load_state_dict(copy.deepcopy(expected.state_dict()), assign=way == "assign")
-    assert (model[1].c.item(), model[1].c.dtype, model[1].c.device.type) == (0.25, torch.float32, "cpu")
+    state = copy.deepcopy(expected.state_dict())
+    model.load_state_dict(dict(state) if saved is None else state, assign=way == "assign")
+    c = 0.25 if saved is None else saved
+    assert (model[1].c.item(), model[1].c.dtype, model[1].c.device.type) == (c, torch.float32, "cpu")
     x = torch.randn(5, 3)
-    expected[1].c.fill_(0.25)
+    expected[1].c.fill_(c)
     assert torch.equal(model(x), expected(x))
 
 
