@@ -41,7 +41,7 @@ wheel: $(VENV)/.dev
 	$(PIP) --no-deps --target "$$out/site" "$$out"/*.whl; \
 	cd "$$out" && PYTHONPATH="$$out/site" "$(CURDIR)/$(RUN)" -c "import lightning_noisy as l, pathlib; \
 	home = pathlib.Path(l.__file__).parent; assert str(home).startswith('$$out'), home; \
-	assert (home / 'py.typed').exists() and (home / 'functional/gaussian.c').exists(); print('wheel imports:', l.__version__)"
+	assert (home / 'py.typed').exists() and (home / 'kernels/gaussian.c').exists(); print('wheel imports:', l.__version__)"
 
 compat:
 	$(PYTHON) .ci/compat.py --pythons='$(PYTHONS)' --versions=$(or $(VERSIONS),both) --pytest='$(ARGS)' $(if $(ALL),--all)

@@ -22,7 +22,7 @@ from timing import medians
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
-from lightning_noisy.engine.noise_plan import NoisePlan
+from lightning_noisy.gradient_noise.plan import NoisePlan
 from lightning_noisy.schedules import Constant
 
 CASES = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_noisy import add_gradient_noise, replace_activations
-from lightning_noisy.engine.recorder import ActivationRecorder
+from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.schedules import InverseDecay
 
 

@@ -5,10 +5,10 @@ from lightning_noisy import metrics as metrics
 from lightning_noisy import nn as nn
 from lightning_noisy import schedules as schedules
 from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise, load_replaced
-from lightning_noisy.engine.fold import fold_normalization
-from lightning_noisy.engine.gradient_noise import add_gradient_noise
-from lightning_noisy.engine.replace import replace_activations, restore_activations
-from lightning_noisy.engine.sites import activation_sites
+from lightning_noisy.gradient_noise.handle import add_gradient_noise
+from lightning_noisy.replacement.fold import fold_normalization
+from lightning_noisy.replacement.replace import replace_activations, restore_activations
+from lightning_noisy.replacement.sites import activation_sites
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ A schedule is a frozen dataclass that maps a step, counted from 0, to the **stan
 noise at that step: ``schedule(step) -> float``. Schedules are values: they compare, pickle and print.
 
 Some run towards a horizon, ``steps``. With ``steps="auto"`` it is the number of optimizer steps that the Trainer
-expects to take; elsewhere :meth:`~HorizonSchedule.resolved` fills it in. ``FollowLR`` and ``Langevin`` depend on the
+expects to take; elsewhere :meth:`~BaseSchedule.resolved` fills it in. ``FollowLR`` and ``Langevin`` depend on the
 optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``Warmup`` compose others.
 """
 
@@ -18,11 +18,11 @@ from itertools import pairwise
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 __all__ = [
+    "BaseSchedule",
     "Constant",
     "Cosine",
     "Exponential",
     "FollowLR",
-    "HorizonSchedule",
     "InverseDecay",
     "InverseSqrt",
     "Langevin",
@@ -32,7 +32,7 @@ __all__ = [
     "Warmup",
 ]
 
-Self = TypeVar("Self", bound="HorizonSchedule")
+Self = TypeVar("Self", bound="BaseSchedule")
 Horizon = int | Literal["auto"]
 
 
@@ -45,7 +45,7 @@ class Schedule(Protocol):
         ...
 
 
-class HorizonSchedule:
+class BaseSchedule:
     """What the schedules of this module share: what is open in them can be asked for, and filled in."""
 
     def __call__(self, step: int, /) -> float:
@@ -55,12 +55,12 @@ class HorizonSchedule:
     @property
     def is_open(self) -> bool:
         """Whether a horizon is ``"auto"``, so that the schedule can't be called yet."""
-        return any(part == "auto" or (isinstance(part, HorizonSchedule) and part.is_open) for part in self._values())
+        return any(part == "auto" or (isinstance(part, BaseSchedule) and part.is_open) for part in self._values())
 
     @property
     def follows_lr(self) -> bool:
         """Whether the schedule depends on a learning rate, so that it can't be called without :meth:`with_lr`."""
-        return any(isinstance(part, HorizonSchedule) and part.follows_lr for part in self._values())
+        return any(isinstance(part, BaseSchedule) and part.follows_lr for part in self._values())
 
     def _values(self) -> list[object]:
         values: list[object] = [getattr(self, f.name) for f in fields(self)] if is_dataclass(self) else []
@@ -76,7 +76,7 @@ class HorizonSchedule:
             return replace(self, steps=max(1, total))  # type: ignore[type-var]
         return self
 
-    def with_lr(self, lr: float) -> HorizonSchedule:
+    def with_lr(self, lr: float) -> BaseSchedule:
         """The schedule at a learning rate, which makes no difference to those that don't follow it.
 
         >>> FollowLR(0.5).with_lr(0.1)
@@ -118,7 +118,7 @@ def _progress(step: int, steps: Horizon) -> float:
 
 
 @dataclass(frozen=True)
-class Constant(HorizonSchedule):
+class Constant(BaseSchedule):
     """The same standard deviation at every step.
 
     Args:
@@ -143,7 +143,7 @@ class Constant(HorizonSchedule):
 
 
 @dataclass(frozen=True)
-class InverseDecay(HorizonSchedule):
+class InverseDecay(BaseSchedule):
     r"""Annealed noise: the variance decays as a power of the step.
 
     :math:`\sigma_t = \sqrt{\eta / (1 + t)^\gamma}`, Eq. 1 of Neelakantan et al., "Adding Gradient Noise
@@ -176,7 +176,7 @@ class InverseDecay(HorizonSchedule):
 
 
 @dataclass(frozen=True)
-class Linear(HorizonSchedule):
+class Linear(BaseSchedule):
     r"""A straight line: :math:`\sigma_t = \sigma_0 + (\sigma_1 - \sigma_0) \min(t / T, 1)`.
 
     Args:
@@ -203,7 +203,7 @@ class Linear(HorizonSchedule):
 
 
 @dataclass(frozen=True)
-class Cosine(HorizonSchedule):
+class Cosine(BaseSchedule):
     r"""Half a cosine: :math:`\sigma_t = \sigma_1 + (\sigma_0 - \sigma_1) (1 + \cos(\pi \min(t / T, 1))) / 2`.
 
     Args:
@@ -230,7 +230,7 @@ class Cosine(HorizonSchedule):
 
 
 @dataclass(frozen=True)
-class Exponential(HorizonSchedule):
+class Exponential(BaseSchedule):
     r"""Geometric decay: :math:`\sigma_t = \sigma_0 r^t`.
 
     Args:
@@ -256,7 +256,7 @@ class Exponential(HorizonSchedule):
 
 
 @dataclass(frozen=True)
-class InverseSqrt(HorizonSchedule):
+class InverseSqrt(BaseSchedule):
     r"""Decay with the root of time: :math:`\sigma_t = \sigma_0 / \sqrt{1 + t / \tau}`.
 
     Args:
@@ -281,7 +281,7 @@ class InverseSqrt(HorizonSchedule):
         return self.start / math.sqrt(1 + step / self.timescale)
 
 
-class _FollowsLR(HorizonSchedule):
+class _FollowsLR(BaseSchedule):
     """The base of those that are nothing but a function of the learning rate."""
 
     @property
@@ -350,7 +350,7 @@ class Langevin(_FollowsLR):
 
 
 @dataclass(frozen=True)
-class Piecewise(HorizonSchedule):
+class Piecewise(BaseSchedule):
     """One schedule after another, each counting from its own first step.
 
     Args:
@@ -388,19 +388,19 @@ class Piecewise(HorizonSchedule):
         """The schedule with what is left of ``total`` steps at each part in the place of ``"auto"``."""
         starts, ends = (0, *self.boundaries), (*self.boundaries, total)
         parts = [
-            part.resolved(end - start) if isinstance(part, HorizonSchedule) else part
+            part.resolved(end - start) if isinstance(part, BaseSchedule) else part
             for part, start, end in zip(self.parts, starts, ends, strict=True)
         ]
         return replace(self, parts=tuple(parts))
 
     def with_lr(self, lr: float) -> Piecewise:
         """The schedule with the parts that follow the learning rate at ``lr``."""
-        parts = [part.with_lr(lr) if isinstance(part, HorizonSchedule) else part for part in self.parts]
+        parts = [part.with_lr(lr) if isinstance(part, BaseSchedule) else part for part in self.parts]
         return replace(self, parts=tuple(parts))
 
 
 @dataclass(frozen=True)
-class Warmup(HorizonSchedule):
+class Warmup(BaseSchedule):
     r"""Another schedule, led in by a straight line from 0: :math:`\min(t / T, 1)` times its value.
 
     Args:
@@ -427,11 +427,9 @@ class Warmup(HorizonSchedule):
     def resolved(self, total: int) -> Warmup:
         """The schedule with ``total`` steps in the place of the inner one's ``"auto"``."""
         return (
-            replace(self, schedule=self.schedule.resolved(total))
-            if isinstance(self.schedule, HorizonSchedule)
-            else self
+            replace(self, schedule=self.schedule.resolved(total)) if isinstance(self.schedule, BaseSchedule) else self
         )
 
     def with_lr(self, lr: float) -> Warmup:
         """The schedule with the inner one at ``lr``."""
-        return replace(self, schedule=self.schedule.with_lr(lr)) if isinstance(self.schedule, HorizonSchedule) else self
+        return replace(self, schedule=self.schedule.with_lr(lr)) if isinstance(self.schedule, BaseSchedule) else self

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.functional import relu as relu_function
 from torch.utils.checkpoint import checkpoint
 
-from lightning_noisy.engine.calls import FUNCTIONS, METHODS
+from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 
 GLOBAL_ACT = nn.ReLU()
 

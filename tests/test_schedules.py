@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from lightning_noisy.schedules import (
+    BaseSchedule,
     Constant,
     Cosine,
     Exponential,
     FollowLR,
-    HorizonSchedule,
     InverseDecay,
     InverseSqrt,
     Langevin,
@@ -91,7 +91,7 @@ def test_schedules_refuse_what_is_no_number(value):
 
 @pytest.mark.parametrize("schedule", EVERY, ids=repr)
 def test_schedules_are_finite_and_not_negative_for_ever(schedule):
-    assert isinstance(schedule, HorizonSchedule)
+    assert isinstance(schedule, BaseSchedule)
     schedule = schedule.resolved(20).with_lr(0.1)
     assert all(0 <= schedule(step) < math.inf for step in (*range(30), 10**9))
 
@@ -180,7 +180,7 @@ def test_schedules_that_follow_the_learning_rate_have_no_noise_at_zero():
 
 
 def test_schedules_of_ones_own_need_not_be_dataclasses():
-    class Own(HorizonSchedule):
+    class Own(BaseSchedule):
         def __call__(self, step):
             return 0.5
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_noisy.engine.record import KEY, MARKER, records_of
 from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.replacement.record import KEY, MARKER, records_of
 
 __all__ = ["NOISE_KEY", "check", "describe", "mark", "set_noise"]
 

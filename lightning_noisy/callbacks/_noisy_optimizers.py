@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lightning_noisy.engine.gradient_noise import GradientNoiseHandle, updating
+from lightning_noisy.gradient_noise.handle import GradientNoiseHandle, updating
 
 __all__ = ["Attached", "NoisyOptimizers"]
 

@@ -15,14 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_noisy.callbacks import _checkpoints
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
-from lightning_noisy.engine.origin import Origin
-from lightning_noisy.engine.policy import Policy, Replacement
-from lightning_noisy.engine.replace import swap
-from lightning_noisy.engine.sites import ActivationSite
-from lightning_noisy.engine.statistics import synchronize_statistics, synchronized_activations
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
-from lightning_noisy.schedules import HorizonSchedule, Schedule
+from lightning_noisy.nn.synchronize import synchronize_statistics, synchronized_activations
+from lightning_noisy.replacement.origin import Origin
+from lightning_noisy.replacement.policy import Policy, Replacement
+from lightning_noisy.replacement.replace import swap
+from lightning_noisy.replacement.sites import ActivationSite
+from lightning_noisy.schedules import BaseSchedule, Schedule
 
 __all__ = ["ActivationReplacement"]
 
@@ -182,7 +182,7 @@ class ActivationReplacement(pl.Callback):
             self._noisy = self._annealed(trainer, pl_module)
             annealing = [callback for callback in _instances(trainer) if callback.noise is not None]
             self._suffix = f"/noise{annealing.index(self)}" if len(annealing) > 1 else ""
-        if isinstance(self.noise, HorizonSchedule) and self.noise.is_open:
+        if isinstance(self.noise, BaseSchedule) and self.noise.is_open:
             total = trainer.estimated_stepping_batches if self.interval == "step" else trainer.max_epochs
             if total is None or not 0 < total < float("inf"):
                 raise MisconfigurationException(

@@ -22,15 +22,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
 from lightning_noisy.callbacks._noise_watch import NoiseWatch
 from lightning_noisy.callbacks._noisy_optimizers import Attached, NoisyOptimizers
-from lightning_noisy.engine.gradient_noise import (
+from lightning_noisy.gradient_noise.handle import (
     GradientNoiseHandle,
     ParameterFilter,
     add_gradient_noise,
     checked_state,
 )
-from lightning_noisy.engine.norms import total_norm
-from lightning_noisy.functional.gaussian import plain
-from lightning_noisy.schedules import HorizonSchedule, InverseDecay, Schedule, check_schedule
+from lightning_noisy.gradient_noise.norms import total_norm
+from lightning_noisy.kernels.gaussian import plain
+from lightning_noisy.schedules import BaseSchedule, InverseDecay, Schedule, check_schedule
 
 __all__ = ["GradientNoise"]
 
@@ -151,6 +151,7 @@ class GradientNoise(pl.Callback):
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
         self._norms_before: dict[int, Tensor] = {}  # of the batch, by index
+        self._steps_before: dict[GradientNoiseHandle, int] = {}  # t when the batch began
         self._watch = NoiseWatch()
 
     @property
@@ -233,7 +234,7 @@ class GradientNoise(pl.Callback):
     def _resolved_schedule(self, trainer: pl.Trainer) -> Schedule:
         """The schedule with the length of the training, if it needs that."""
         schedule = self.schedule
-        if not (isinstance(schedule, HorizonSchedule) and schedule.is_open):
+        if not (isinstance(schedule, BaseSchedule) and schedule.is_open):
             return schedule
         total = trainer.estimated_stepping_batches
         if total == trainer.max_steps:
@@ -267,10 +268,10 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Measure norms if this batch's values will be logged."""
         self._follow(trainer)
-        for _, _, handle in self._handles:
-            handle.measuring = is_logging_due(trainer)
-            handle.std = handle.grad_norm = None
+        for each in self._handles:
+            each.handle.measuring = is_logging_due(trainer)
         self._norms_before = {}
+        self._steps_before = {each.handle: each.handle.step for each in self._handles}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -294,15 +295,17 @@ class GradientNoise(pl.Callback):
         norms: dict[str, Tensor] = {}
         for _, index, handle in self._handles:
             suffix = self._suffix + (f"/{index}" if len(self._handles) > 1 else "")
-            if handle.std is not None:
-                self._watch.noisy.add(index)
-                scalars[f"gradient_noise/std{suffix}"] = handle.std
             if index in self._norms_before:
                 norms[f"grad_norm/before_clipping{suffix}"] = self._norms_before[index]
-            if handle.grad_norm is not None:
-                norms[f"grad_norm/after_clipping{suffix}"] = handle.grad_norm
-                if handle.noise_norm:
-                    norms[f"gradient_noise/snr{suffix}"] = handle.grad_norm / handle.noise_norm
+            last = handle.last_step
+            if last is None or last.t < self._steps_before.get(handle, 0):
+                continue  # a batch without a step
+            self._watch.noisy.add(index)
+            scalars[f"gradient_noise/std{suffix}"] = last.std
+            if last.grad_norm is not None:
+                norms[f"grad_norm/after_clipping{suffix}"] = last.grad_norm
+                if last.noise_norm:
+                    norms[f"gradient_noise/snr{suffix}"] = last.grad_norm / last.noise_norm
         if self.prog_bar:
             pl_module.log_dict(dict(scalars), prog_bar=True, logger=False)
         step = logging_step(trainer)

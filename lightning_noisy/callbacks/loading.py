@@ -16,9 +16,9 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_noisy.callbacks._checkpoints import set_noise
-from lightning_noisy.engine.policy import Policy, Replacement
-from lightning_noisy.engine.record import KEY, Record, saved_replacements
-from lightning_noisy.engine.replace import swap
+from lightning_noisy.replacement.policy import Policy, Replacement
+from lightning_noisy.replacement.record import KEY, Record, saved_replacements
+from lightning_noisy.replacement.replace import swap
 
 __all__ = ["load_replaced"]
 

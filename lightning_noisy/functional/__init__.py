@@ -1,9 +1,9 @@
 """Stateless formulas on tensors and floats; nothing here needs more than torch."""
 
-from lightning_noisy.functional.gaussian import add_gaussian_, stream_key
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.scores import anact_score, rho, rho_prime
 from lightning_noisy.functional.slopes import largest_slope, slope
+from lightning_noisy.kernels.gaussian import add_gaussian_, stream_key
 
 __all__ = [
     "add_gaussian_",

@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy.functional import fused, noisy
-from lightning_noisy.functional.gaussian import gaussian_like
+from lightning_noisy.functional import noisy
 from lightning_noisy.functional.noisy import HARD, HardFunction
+from lightning_noisy.kernels import fused
+from lightning_noisy.kernels.gaussian import gaussian_like
 from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]

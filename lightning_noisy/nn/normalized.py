@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_noisy.functional import fused
 from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.slopes import slope, value_and_slope, works_in_place
+from lightning_noisy.kernels import fused
 from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
@@ -46,7 +46,7 @@ class NormalizedActivation(nn.Module):
     Statistics are computed in float32 (float64 for double precision) over all elements. Under data
     parallelism each process uses its own batch, and DDP copies rank 0's running values to all ranks
     before each forward pass, as it does for batch normalization. With ``synchronized=True`` batches only add to
-    ``pending``; :func:`~lightning_noisy.engine.statistics.synchronize_statistics`, to be called after each step
+    ``pending``; :func:`~lightning_noisy.nn.synchronize.synchronize_statistics`, to be called after each step
     (``ActivationReplacement`` does), updates the running values from those of all ranks in one reduction for all
     layers. Forward passes use the running values of the last step; until there are any, their own batch's.
 
@@ -200,10 +200,10 @@ class NormalizedActivation(nn.Module):
         """Normalize the activation of ``input``."""
         x = input.clone() if self.inplace else input
         swept = self.training and self.instance_dims is None and not torch.compiler.is_compiling()
-        kernel = fused.kernel_of(self.function) if swept else None
-        if kernel is not None and fused.takes(x):
+        fast = fused.fused_function(self.function) if swept else None
+        if fast is not None and fused.takes(x):
             with torch.autocast("cpu", enabled=False):
-                normalized = cast(Tensor, _Fused.apply(x, self.alpha, self, kernel))
+                normalized = cast(Tensor, _Fused.apply(x, self.alpha, self, fast))
         elif x.numel() and (self.instance_dims is not None or self._looks_at_batch()):
             normalized = self._follow(x)
         else:
@@ -367,15 +367,15 @@ class _Fused(torch.autograd.Function):
     """Training forward and backward of a normalized activation on the CPU, by the sweeps of ``functional.fused``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, kernel: fused.Kernel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, fast: fused.FusedFunction) -> Tensor:
         """Compute the output, and update the running values before."""
         output = torch.empty_like(x)
         strided = module.stride > 1 and x.dim() > 0
         if looking := module._looks_at_batch():
             if strided:
-                found = fused.moments(kernel, x, stride=module.stride)
+                found = fused.moments(fast, x, stride=module.stride)
             else:
-                found = fused.moments(kernel, fused.flat(x), fused.flat(output))
+                found = fused.moments(fast, fused.flat(x), fused.flat(output))
             if module.synchronized:
                 on_cpu = Moments(*(torch.tensor(value, dtype=torch.float64) for value in found))
                 mean, rho, rho_prime = map(
@@ -386,14 +386,14 @@ class _Fused(torch.autograd.Function):
         if not (looking and module.synchronized):
             running = module.running_mean, module.running_rho, module.running_rho_prime
             mean, rho, rho_prime = map(float, running)
-        ctx.module, ctx.kernel, ctx.shift = module, kernel, mean
+        ctx.module, ctx.fast, ctx.shift = module, fast, mean
         ctx.tanh = math.tanh(float(alpha))
         ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + module.beta * ctx.tanh
         ctx.save_for_backward(x, alpha)
         if looking and not strided:
             fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)
         else:
-            fused.normalize(kernel, fused.flat(x), fused.flat(output), ctx.scale, ctx.shift)
+            fused.normalize(fast, fused.flat(x), fused.flat(output), ctx.scale, ctx.shift)
         return output
 
     @staticmethod
@@ -412,7 +412,7 @@ class _Fused(torch.autograd.Function):
         result = torch.empty_like(x)
         with torch.autocast("cpu", enabled=False):
             total = fused.gradients(
-                ctx.kernel,
+                ctx.fast,
                 fused.flat(x),
                 fused.flat(gradient),
                 fused.flat(result),

@@ -21,8 +21,8 @@ from lightning_noisy import (
     replace_activations,
     restore_activations,
 )
-from lightning_noisy.engine.record import MARKER
 from lightning_noisy.nn import NReLU, NSwish, registry
+from lightning_noisy.replacement.record import MARKER
 from lightning_noisy.schedules import Linear
 
 

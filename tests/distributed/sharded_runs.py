@@ -84,7 +84,7 @@ def run_fsdp1(out: Path) -> None:
         optimizer.zero_grad()
         (0 * model(batch).sum()).backward()
         optimizer.step()
-    assert handle.grad_norm is None
+    assert handle.last_step.grad_norm is None
     with FullyShardedDataParallel.summon_full_params(model):
         state = {f"net.{name}": value.detach().clone() for name, value in layers.named_parameters()}
     if torch.distributed.get_rank() == 0:

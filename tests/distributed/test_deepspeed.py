@@ -9,7 +9,8 @@ from helpers import loader, quiet_trainer, run_processes, shared_folder
 from torch import nn
 
 from lightning_noisy import add_gradient_noise
-from lightning_noisy.engine.deepspeed import Fragment, base_optimizer, fragments
+from lightning_noisy.gradient_noise.deepspeed import base_optimizer, fragments
+from lightning_noisy.gradient_noise.plan import Fragment
 from lightning_noisy.schedules import FollowLR
 
 HERE = Path(__file__).parent
@@ -142,7 +143,7 @@ def test_std_is_that_of_the_first_group():
         group["lr"] = lr
     handle = add_gradient_noise(zero, FollowLR(1.0), model=model)
     zero.step()
-    assert handle.std == 2.0
+    assert handle.last_step.std == 2.0
 
 
 def test_a_filter_that_chooses_none_warns_and_no_step_counts():
@@ -151,7 +152,7 @@ def test_a_filter_that_chooses_none_warns_and_no_step_counts():
     with pytest.warns(UserWarning, match="chooses none of the optimizer's 4 parameters"):
         zero.step()
     zero.step()
-    assert (handle.step, handle.std) == (0, None)
+    assert (handle.step, handle.last_step) == (0, None)
     assert all(flat.count_nonzero() == 0 for flat in zero.single_partition_of_fp32_groups)
 
 

@@ -124,10 +124,10 @@ def test_every_hidden_call_is_found_or_named(name):
     found = activation_sites(model, inputs)
     assert len(found) == sites
     if name == "Mamba":
-        named = [reason for reason in found.not_seen if "the source of its class doesn't show" in reason]
+        named = [reason for reason in found.unresolved if "the source of its class doesn't show" in reason]
         assert len(named) == 4  # silu and softplus in each of two layers
     else:
-        assert found.not_seen == []
+        assert found.unresolved == []
         assert len(activation_sites(model)) == sites
 
 

@@ -1,0 +1,1 @@
+"""Noise on the gradients of any torch optimizer."""

@@ -1,0 +1,1 @@
+"""The activations of any module: finding, replacing and folding them."""

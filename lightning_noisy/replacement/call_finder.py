@@ -1,0 +1,382 @@
+"""Activation functions that a module's own code calls: finding the calls in the source of its methods.
+
+The source is read, and not run; it counts only where it is that of the running code.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from lightning_noisy.nn import registry
+from lightning_noisy.replacement.source import UnreadError, source_of
+
+__all__ = ["Call", "InPlace", "calls_of", "own_class", "plain_module"]
+NAME = "activation_calls"  # of the child with the modules
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
+# Functions that torch has for its activation modules, with their names and whether they work in place.
+FUNCTIONS: dict[object, tuple[str, bool]] = {
+    getattr(space, name + suffix): (name, bool(suffix))
+    for name in registry.PLAIN
+    if name != "prelu"  # whose weight is passed to it
+    for space in (F, torch)
+    for suffix in ("", "_")
+    if hasattr(space, name + suffix)
+}
+METHODS = {
+    name + suffix: (name, bool(suffix))
+    for name in ("relu", "sigmoid", "tanh", "hardshrink")
+    for suffix in ("", "_")
+    if hasattr(Tensor, name + suffix)
+}
+_MODULES = {cls: name for name, cls in registry.PLAIN.items() if name != "prelu"}
+Position = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in the source of a module's class.
+
+    Attributes:
+        method: name of the method that it is in.
+        position: first line and column, last line and column; lines are counted from the method's first.
+        key: ``"relu#0"`` for the first call of a ReLU; the child's name for the use of a child, ``"relu"``, and
+            ``"relu#2"`` for its second use.
+        kind: ``"function"``, ``"method"``, ``"inline"`` or ``"module"``.
+        function: plain name of the function.
+        in_loop: whether one pass may come by several times.
+        child: name of the child that is called, for the kind ``"module"``.
+        plain: what the call computes, as a module; None for a child, or where that can't be read.
+    """
+
+    method: str
+    position: Position
+    key: str
+    kind: str
+    function: str
+    in_loop: bool
+    child: str | None = None
+    plain: nn.Module | None = field(default=None, compare=False)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, as it was written."""
+    return cast(type[nn.Module], getattr(type(module), "_written_class", type(module)))
+
+
+def method_of(cls: type, name: str) -> FunctionType | None:
+    """A method that is somebody's own, without its decorators."""
+    found = inspect.getattr_static(cls, name, None)
+    if isinstance(found, (staticmethod, classmethod, property)):
+        return None
+    found = inspect.unwrap(found) if callable(found) else None
+    if not isinstance(found, FunctionType) or f"{found.__module__}.".startswith(_FOREIGN):
+        return None
+    return found if found.__code__.co_argcount else None
+
+
+def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[list[Call], list[str]]:
+    """The calls of activation functions, and of children that are activations, in the code of a module's class.
+
+    Args:
+        owner: any module. Nothing of it is run.
+        name_of: the plain name of the function of a module or of a function that is held, if it is an activation.
+
+    Returns:
+        The calls in the order of the source, from ``forward`` on (or from Lightning's steps) through the methods that
+        it calls; and for what could not be read the reasons.
+    """
+    cls, found, reasons = own_class(owner), list[Call](), list[str]()
+    if "forward" in owner.__dict__ or isinstance(owner, fx.GraphModule):
+        if not f"{cls.__module__}.".startswith(_FOREIGN) or isinstance(owner, fx.GraphModule):
+            reasons.append("its forward is made when it runs, and is not the one of its class")
+        return found, reasons
+    counts: dict[str, int] = {}
+    waiting, seen = [name for name in ENTRIES if hasattr(cls, name)], set[str]()
+    while waiting:
+        name = waiting.pop(0)
+        function = method_of(cls, name)
+        if name in seen or function is None:
+            continue
+        seen.add(name)
+        try:
+            tree, _ = source_of(function)
+        except UnreadError as reason:
+            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
+            if mentioned:
+                reasons.append(f"{name}, which mentions {', '.join(mentioned)}: {reason}")
+            continue
+        reader = _Reader(owner, function, name, counts, name_of)
+        reader.visit(tree)
+        found += reader.calls
+        reasons += reader.reasons
+        if left := sorted({named for node, named in reader.mentioned.items() if node not in reader.taken}):
+            reasons.append(f"{name} has {', '.join(left)} other than in a call that can be replaced")
+        waiting += [each for each in reader.methods if each not in seen]
+    return found, reasons
+
+
+_NAMES = {name + suffix for name in registry.PLAIN for suffix in ("", "_")} | {cls.__name__ for cls in _MODULES}
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects the calls in one method."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        function: FunctionType,
+        name: str,
+        counts: dict[str, int],
+        name_of: Callable[[Any], str | None],
+    ) -> None:
+        self.name_of = name_of
+        self.owner, self.function, self.name, self.counts = owner, function, name, counts
+        self.self_name = function.__code__.co_varnames[0]
+        # Also of the functions inside: a name that is a variable anywhere is not taken for a global one.
+        tree, self.first = source_of(function)
+        nodes = list(ast.walk(tree))
+        self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        self.local |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        self.local |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self.free = {key: cell.cell_contents for key, cell in cells if is_set(cell)}
+        self.calls: list[Call] = []
+        self.methods: list[str] = []
+        self.reasons: list[str] = []
+        self.mentioned: dict[ast.expr, str] = {}
+        self.taken: set[ast.expr] = set()
+        self.loops = 0
+
+    def visit_For(self, node: ast.For) -> None:
+        self.visit(node.iter)
+        self._in_loop(node)
+
+    def visit_While(self, node: ast.While) -> None:
+        self._in_loop(node)
+
+    def visit(self, node: ast.AST) -> None:
+        """Visit a node; of a comprehension or a lambda as of a loop."""
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)):
+            self._in_loop(node)
+        else:
+            super().visit(node)
+
+    def _in_loop(self, node: ast.AST) -> None:
+        self.loops += 1
+        for name, value in ast.iter_fields(node):
+            if not (isinstance(node, ast.For) and name == "iter"):
+                for each in value if isinstance(value, list) else [value]:
+                    if isinstance(each, ast.AST):
+                        self.visit(each)
+        self.loops -= 1
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        nested = node.name != self.function.__name__
+        self.loops += nested
+        for statement in node.body:
+            self.visit(statement)
+        self.loops -= nested
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """Follow what is called, or passed on to be called."""
+        self.generic_visit(node)
+        own = _attribute_of(node, self.self_name)
+        if own is not None:
+            if own.startswith("__") and not own.endswith("__"):  # private: Python adds the class's name
+                own = f"_{self.function.__qualname__.split('.')[-2].lstrip('_')}{own}"
+            found = inspect.getattr_static(own_class(self.owner), own, None)
+            if isinstance(found, (staticmethod, classmethod)):
+                self._name_helper(own, found.__func__)
+            elif isinstance(found, property):
+                self._name_helper(own, found.fget)
+            elif callable(found):
+                self.methods.append(own)
+        elif node.attr in _NAMES:
+            self._mention(node, node.attr)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """Note an activation that is mentioned by its name."""
+        if node.id in _NAMES and isinstance(node.ctx, ast.Load) and node.id not in self.local:
+            self._mention(node, node.id)
+
+    def _mention(self, node: ast.expr, name: str) -> None:
+        known = self._resolve(node)
+        if (_hashable(known) and known in FUNCTIONS) or (inspect.isclass(known) and known in _MODULES):
+            self.mentioned[node] = name
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        if any(isinstance(argument, ast.Starred) for argument in node.args):
+            return
+        own = _attribute_of(node.func, self.self_name)
+        if own is not None:
+            child = self.owner._modules.get(own, self.owner.__dict__.get(own))
+            if child is not None:
+                function = self.name_of(child)
+                if function and len(node.args) + len(node.keywords) == 1:
+                    count = self.counts[own] = self.counts.get(own, 0) + 1
+                    self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
+            return
+        if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
+            self._inherited(node.func.attr)
+            return
+        known = self._resolve(node.func)
+        if _hashable(known) and known in FUNCTIONS:
+            name, inplace = FUNCTIONS[known]
+            self._add_function(node, "function", name, inplace, node.args[1:])
+        elif isinstance(node.func, ast.Call) and len(node.args) == 1:
+            cls, inner = self._resolve(node.func.func), node.func
+            if inspect.isclass(cls) and cls in _MODULES:
+                self._add_function(node, "inline", _MODULES[cls], False, inner.args, inner.keywords)
+        elif isinstance(known, nn.Module) and len(node.args) == 1 and not node.keywords:  # one outside of all modules
+            if function := self.name_of(known):
+                count = self.counts[function] = self.counts.get(function, -1) + 1
+                self._add(node, f"{function}#{count}", "inline", function, plain=copy.copy(known))
+        elif isinstance(known, FunctionType):
+            self._name_helper(known.__name__, known)
+        elif (
+            isinstance(node.func, ast.Attribute)
+            and known is _UNKNOWN
+            and node.func.attr in METHODS
+            and not (node.args or node.keywords)
+        ):
+            name, inplace = METHODS[node.func.attr]
+            self._add_function(node, "method", name, inplace, [])
+
+    def _name_helper(self, name: str, function: Any) -> None:
+        """Name a function that is no method of the module, and mentions activations."""
+        function = inspect.unwrap(function)
+        if isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(_FOREIGN):
+            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
+            if mentioned:
+                self.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: make it a method, or a module")
+
+    def _inherited(self, name: str) -> None:
+        """Name what a class above does in a method that is extended here."""
+        mro = own_class(self.owner).__mro__
+        defining = next((i for i, cls in enumerate(mro) if cls.__dict__.get(self.name) is not None), 0)
+        above = next((cls for cls in mro[defining + 1 :] if name in cls.__dict__), None)
+        function = method_of(above, name) if above else None
+        if function is not None and (mentioned := sorted(set(function.__code__.co_names) & _NAMES)):
+            self.reasons.append(f"super().{name}, which mentions {', '.join(mentioned)}")
+
+    def _add_function(
+        self,
+        node: ast.Call,
+        kind: str,
+        name: str,
+        inplace: bool,
+        arguments: list[ast.expr],
+        keywords: list[ast.keyword] | None = None,
+    ) -> None:
+        if kind == "function" and not node.args and not any(each.arg == "input" for each in node.keywords):
+            return
+        count = self.counts[name] = self.counts.get(name, -1) + 1
+        try:
+            options = {
+                str(each.arg): self._value(each.value)
+                for each in (node.keywords if keywords is None else keywords)
+                if each.arg != "input"
+            }
+            if name == "rrelu" and kind == "function":
+                raise UnreadError("whether it draws is an argument, and no state of a module")
+            inplace = bool(options.pop("inplace", False)) or inplace
+            plain = plain_module(name, *map(self._value, arguments), inplace=inplace, **options)
+        except (UnreadError, TypeError, ValueError):
+            plain = None
+        self._add(node, f"{name}#{count}", kind, name, plain=plain)
+
+    def _add(self, node: ast.Call, key: str, kind: str, function: str, **more: Any) -> None:
+        self.taken |= {node.func, node.func.func} if isinstance(node.func, ast.Call) else {node.func}
+        self.calls.append(Call(self.name, position_of(node, self.first), key, kind, function, self.loops > 0, **more))
+
+    def _resolve(self, node: ast.expr) -> Any:
+        """What an expression of names and attributes stands for, if that is no local variable."""
+        if isinstance(node, ast.Name):
+            if node.id in self.local:
+                return _UNKNOWN
+            if node.id in self.free:
+                return self.free[node.id]
+            return self.function.__globals__.get(node.id, getattr(builtins, node.id, _UNKNOWN))
+        if isinstance(node, ast.Attribute):
+            base = self._resolve(node.value)
+            return _UNKNOWN if base is _UNKNOWN else getattr(base, node.attr, _UNKNOWN_ATTRIBUTE)
+        return _UNKNOWN
+
+    def _value(self, node: ast.expr) -> Any:
+        """A literal, or what a plain attribute of the module or a variable from outside is now."""
+        attribute = _attribute_of(node, self.self_name)
+        value = self._resolve(node) if attribute is None else getattr(self.owner, attribute, None)
+        if isinstance(value, (bool, int, float, str)):
+            return value
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise UnreadError("an argument is known only when it runs") from None
+
+
+_UNKNOWN, _UNKNOWN_ATTRIBUTE = object(), object()
+
+
+class InPlace(nn.Module):
+    """Writes the output of an activation, whose class can't do so itself, into the input."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function, self.inplace = function, True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the activation."""
+        return input.copy_(self.function(input.clone())) if self.inplace else cast(Tensor, self.function(input))
+
+
+def plain_module(name: str, *arguments: Any, inplace: bool = False, **options: Any) -> nn.Module:
+    """The module of torch that computes what a function does with these arguments."""
+    plain = registry.PLAIN[name](
+        *arguments, **options, **({"inplace": True} if inplace and _can_be_in_place(name) else {})
+    )
+    return InPlace(plain) if inplace and not _can_be_in_place(name) else plain
+
+
+def _can_be_in_place(name: str) -> bool:
+    return "inplace" in inspect.signature(registry.PLAIN[name]).parameters
+
+
+def is_set(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _hashable(value: object) -> bool:
+    return getattr(type(value), "__hash__", None) is not None
+
+
+def _attribute_of(node: ast.expr, name: str) -> str | None:
+    """``"a"`` for ``self.a``."""
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+    return cast(ast.Attribute, node).attr if is_own else None
+
+
+def position_of(node: ast.Call, first: int) -> Position:
+    """The position of a call in a method whose first line has this number."""
+    last = cast(int, node.end_lineno), cast(int, node.end_col_offset)
+    return node.lineno - first, node.col_offset, last[0] - first, last[1]

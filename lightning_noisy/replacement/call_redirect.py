@@ -1,0 +1,244 @@
+"""Sending the calls in a module's own code to modules: its class is written anew from the source.
+
+The class made anew has the module's class as its base, and ``self.activation_calls["relu#0"](x)`` where the source has
+``F.relu(x)``; all else stays as it is written, down to the line numbers of tracebacks. So a call stays with the code
+that makes it: checkpointing repeats it, compilers see it, and nothing is intercepted.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_noisy.nn.recomputing import is_recomputing
+from lightning_noisy.replacement.call_finder import (
+    ENTRIES,
+    NAME,
+    Call,
+    Position,
+    is_set,
+    method_of,
+    own_class,
+    position_of,
+)
+from lightning_noisy.replacement.source import UnreadError, rewritten
+
+__all__ = ["CallSites", "send_calls"]
+
+
+class CallSites(nn.ModuleDict):
+    """The modules that a module's own calls go to, by the calls' keys.
+
+    Where one call is passed several times in a forward pass, each pass has its own: ``"relu#0"``, ``"relu#0@2"``, ...
+    """
+
+    def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
+        super().__init__(modules)
+        self._passes: dict[str, int] = {}
+        self._again = False
+
+    def restart(self) -> None:
+        """Begin a forward pass."""
+        self._passes = {}
+        self._again = is_recomputing()
+
+    def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
+        """The module for the next pass of a call; ``first`` for the first one, if it is not here."""
+        if is_recomputing() and not self._again:
+            raise RuntimeError(
+                f"The call {key!r}, which is in a loop, is repeated by checkpointing, and which pass of it this is"
+                " can't be known. Checkpoint the whole module, or give each pass a module of its own before replacing."
+            )
+        count = self._passes[key] = self._passes.get(key, 0) + 1
+        if count == 1:
+            return self[key] if first is None else first
+        name = f"{key}@{count}"
+        if name not in self:
+            raise RuntimeError(
+                f"The call {key!r} is passed {count} times in one forward pass, the example inputs showed"
+                f" {count - 1}. Replace the activations with example_inputs that take the longest way."
+            )
+        return self[name]
+
+
+# What to write in the place of a call: method, position, key, child, whether passes are counted.
+_Sent = tuple[str, Position, str, str | None, bool]
+
+
+def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
+    """Let the module's code call modules in the place of functions; of a child's first use in a pass, the child.
+
+    Args:
+        owner: of the class that the calls were found in.
+        calls: each with its modules, one for each pass of it; for a child's first use those of the further passes.
+
+    Raises:
+        Unread: if the class can't be written anew.
+    """
+    modules: dict[str, nn.Module] = {}
+    sent: list[_Sent] = []
+    for call, of_passes in calls:
+        first_is_child = call.key == call.child
+        names = [call.key, *(f"{call.key}@{count}" for count in range(2, len(of_passes) + 1 + first_is_child))]
+        modules |= dict(zip(names[first_is_child:], of_passes, strict=True))
+        if of_passes:
+            sent.append((call.method, call.position, call.key, call.child, len(names) > 1))
+    cls = own_class(owner)
+    if cls is not type(owner) and "_written_class" not in type(owner).__dict__:
+        raise UnreadError("its class was extended after its activations were replaced, as by a parametrization")
+    if sent:
+        if parametrize.is_parametrized(owner):
+            raise UnreadError("it is parametrized")
+        mentioned = {name for method in (*ENTRIES, *(each[0] for each in sent)) for name in _names_in(cls, method)}
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
+            raise UnreadError("it goes through its children, and would meet the new ones")
+    owner.__class__ = _written(cls, tuple(sent)) if sent else cls  # type: ignore[arg-type]
+    if modules:
+        owner.add_module(NAME, CallSites(modules).train(owner.training))
+    else:
+        owner._modules.pop(NAME, None)
+
+
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
+
+
+def _names_in(cls: type, name: str) -> set[str]:
+    method = method_of(cls, name)
+    return set(method.__code__.co_names) if method else set()
+
+
+@functools.cache
+def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
+    """The class with its calls sent."""
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_written_class": cls,
+        "__reduce_ex__": lambda self, protocol: (_new, (cls, sent), *cls.__reduce_ex__(self, protocol)[2:]),
+    }
+    counted = any(each[-1] for each in sent)
+    for name in {each[0] for each in sent} | (
+        {entry for entry in ENTRIES if method_of(cls, entry)} if counted else set()
+    ):
+        outermost = inspect.getattr_static(cls, name)
+        function = cast(FunctionType, inspect.unwrap(outermost))
+        here = {position: rest for method, position, *rest in sent if method == name}
+        written = _write(function, cls, here, restart=counted and name in ENTRIES)
+        namespace[name] = _within(outermost, function, written)
+    return cast(type[nn.Module], type(cls)(cls.__name__, (_WrittenBase, cls), namespace))  # type: ignore[misc]
+
+
+def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
+    """An empty module of the written class, for copy and pickle."""
+    written = _written(cls, sent)  # type: ignore[arg-type]
+    return written.__new__(written)
+
+
+class _WrittenBase:
+    """First base of written classes: keeps them from what the class does when it is extended by its users."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script reads the source of the class, in which no activation is replaced. Use torch.export, or"
+            " torch.jit.trace."
+        )
+
+
+class _Writer(ast.NodeTransformer):
+    def __init__(self, self_name: str, first: int, here: dict[Position, Any]) -> None:
+        self.self_name, self.first, self.here = self_name, first, here
+        self.used: set[Position] = set()
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        position = position_of(node, self.first)
+        node = cast(ast.Call, self.generic_visit(node))
+        if position not in self.here:
+            return node
+        self.used.add(position)
+        key, child, counted = self.here[position]
+        sites: ast.expr = self._own(NAME)
+        if counted:
+            first = [self._own(child)] if key == child else []
+            module: ast.expr = ast.Call(ast.Attribute(sites, "pick", ast.Load()), [ast.Constant(key), *first], [])
+        else:
+            module = ast.Subscript(sites, ast.Constant(key), ast.Load())
+        is_method = isinstance(node.func, ast.Attribute) and not (node.args or node.keywords)
+        named = next((each.value for each in node.keywords if each.arg == "input" or child is not None), None)
+        x = cast(ast.Attribute, node.func).value if is_method else node.args[0] if node.args else cast(ast.expr, named)
+        return ast.copy_location(ast.Call(module, [x], []), node)
+
+    def _own(self, name: str) -> ast.expr:
+        return ast.Attribute(ast.Name(self.self_name, ast.Load()), name, ast.Load())
+
+
+def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
+    """A method with its calls sent."""
+    self_name = function.__code__.co_varnames[0]
+
+    def change(tree: ast.FunctionDef, first: int) -> None:
+        writer = _Writer(self_name, first, here)
+        writer.visit(tree)
+        if writer.used != set(here):
+            raise UnreadError("its source is not the one that its calls were found in")
+        if restart:
+            begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
+            docstring = ast.get_docstring(tree, clean=False) is not None
+            tree.body.insert(int(docstring), begin)
+
+    code = rewritten(function, change)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    closure = tuple(cells[key] for key in code.co_freevars)
+    written = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    return cast(FunctionType, functools.update_wrapper(_with_kwdefaults(written, function), function, updated=()))
+
+
+def _with_kwdefaults(written: FunctionType, function: FunctionType) -> FunctionType:
+    written.__kwdefaults__ = function.__kwdefaults__
+    return written
+
+
+def _within(outermost: Any, function: FunctionType, written: FunctionType) -> Any:
+    """The decorated method, with the innermost function exchanged in the closures of its decorators."""
+    if outermost is function:
+        del written.__wrapped__  # type: ignore[attr-defined]
+        return written
+    if not isinstance(outermost, FunctionType):
+        raise UnreadError(f"{outermost!r} is no function")
+    cells = []
+    found = False
+    for cell in outermost.__closure__ or ():
+        content = cell.cell_contents if is_set(cell) else None
+        if isinstance(content, FunctionType) and _leads_to(content, function):
+            cells.append(CellType(_within(content, function, written)))
+            found = True
+        else:
+            cells.append(cell)
+    if not found:
+        raise UnreadError("its decorator hides it")
+    args = outermost.__code__, outermost.__globals__, outermost.__name__, outermost.__defaults__, tuple(cells)
+    result = _with_kwdefaults(FunctionType(*args), outermost)
+    result.__dict__.update(outermost.__dict__)
+    functools.update_wrapper(result, outermost, updated=())
+    result.__wrapped__ = written  # type: ignore[attr-defined]
+    return result
+
+
+def _leads_to(wrapper: Callable[..., Any], function: FunctionType) -> bool:
+    while True:
+        if wrapper is function:
+            return True
+        following = getattr(wrapper, "__wrapped__", None)
+        if following is None:
+            return False
+        wrapper = following

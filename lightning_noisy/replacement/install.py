@@ -1,0 +1,86 @@
+"""Putting modules into the places of activations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError
+from lightning_noisy.replacement.call_redirect import CallSites, send_calls
+from lightning_noisy.replacement.record import Record
+from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
+
+__all__ = ["place"]
+
+
+def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module], record: Record) -> None:
+    """Put modules into the places of sites.
+
+    Args:
+        model: whose sites they are.
+        sites: all of them.
+        made: by the site's name the module for it.
+        record: of what was there before.
+    """
+    by_owner: dict[str, list[ActivationSite]] = {}
+    for site in sites:
+        by_owner.setdefault(site.owner, []).append(site)
+    for owner, theirs in by_owner.items():
+        _send(model, owner, theirs, made)
+        for site in theirs:
+            is_child = site.kind == "attribute" or (site.kind == "module" and _is_first(site))
+            if site.name in made and is_child:
+                record.set_module(model, owner, site.key, made[site.name])
+                if isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):
+                    # In evaluation its fused kernel would go on computing the ReLU or GELU of its construction.
+                    record.set_attribute(model, owner, "activation_relu_or_gelu", 0)
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.TransformerEncoder)
+            and module.__dict__.get("use_nested_tensor")
+            and not all(getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
+        ):
+            record.set_attribute(model, name, "use_nested_tensor", False)  # a layout for that kernel alone
+
+
+def _is_first(site: ActivationSite) -> bool:
+    return site.number == 1 and (site.call is None or site.call.key == site.call.child)
+
+
+def _send(model: nn.Module, path: str, sites: list[ActivationSite], made: Mapping[str, nn.Module]) -> None:
+    """Let the calls of one module's code go to their modules."""
+    owner = model.get_submodule(path)
+    present = owner._modules.get(NAME)
+    sent = set(present) if isinstance(present, CallSites) else set()
+    groups: dict[str, list[ActivationSite]] = {}
+    for site in sites:
+        if site.call is not None:
+            groups.setdefault(site.call.key, []).append(site)
+    # Where one use of a child changes, the others must not follow.
+    changed = {site.call.child for site in sites if site.call is not None and site.name in made} - {None}
+    calls: list[tuple[Call, list[nn.Module]]] = []
+    for key, passes in groups.items():
+        call = passes[0].call
+        assert call is not None
+        before = any(name == key or name.startswith(f"{key}@") for name in sent)
+        if not before and call.child not in changed and not any(site.name in made for site in passes):
+            continue
+        modules = [made.get(site.name, _own(site, owner)) for site in passes if not _is_first(site)]
+        calls.append((call, modules))
+    if not calls:
+        return
+    try:
+        send_calls(owner, calls)
+    except UnreadError as reason:
+        raise ValueError(
+            f"The calls of activations in {type(owner).__name__} can't be replaced: {reason}. Make them modules, or"
+            f" exclude {path or type(owner).__name__!r}."
+        ) from None
+
+
+def _own(site: ActivationSite, owner: nn.Module) -> nn.Module:
+    """A module for a call that stays as it is."""
+    assert site.module is not None
+    return site.module if site.number == 1 else copy.copy(site.module).train(owner.training)

@@ -1,0 +1,188 @@
+"""Which activations are replaced with what."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from torch import nn
+
+from lightning_noisy.nn import registry
+from lightning_noisy.replacement.origin import Origin, fingerprint
+from lightning_noisy.replacement.sites import GATE_OR_OUTPUT, ActivationSite, ActivationSites
+
+__all__ = ["New", "Policy", "Replacement", "Rule", "check_replacement"]
+
+# What a site may be replaced with, and what `replace_activations` takes: also a mapping from a plain function's name.
+# The order is the one in which a LightningCLI tries them: a dict must not be taken for a callable's arguments.
+New = type[nn.Module] | str | Callable[[ActivationSite], nn.Module]
+Replacement = type[nn.Module] | Mapping[str, New] | str | Callable[[ActivationSite], nn.Module]
+
+# Which sites are meant: a pattern of names, a class of modules, a predicate, or several of them.
+Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]
+
+
+def check_replacement(to: Replacement) -> None:
+    """Raise a TypeError or a ValueError unless ``to`` is something that activations can be replaced with."""
+    if isinstance(to, Mapping):
+        for old, new in to.items():
+            registry.check_name(old, registry.PLAIN, what="the name of a plain activation function")
+            if isinstance(new, Mapping):
+                raise TypeError(f"A mapping's values must be names, classes or callables, got {new!r} for {old!r}.")
+            check_replacement(new)
+    elif isinstance(to, str):
+        registry.check_spec(to)
+    elif isinstance(to, nn.Module):
+        raise TypeError(
+            f"An instance can't be used at every site, got {to!r}. Pass its class, or a function that makes one:"
+            " lambda site: ..."
+        )
+    elif not callable(to):
+        raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got {to!r}.")
+    elif getattr(to, "__name__", None) in registry.PLAIN and not inspect.isclass(to):
+        raise TypeError(f"to is a function of tensors, {to!r}. Pass its name, {to.__name__!r}, in its place.")
+    elif inspect.isclass(to) and not issubclass(to, nn.Module):
+        raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got the class {to!r}.")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is to be replaced with what: the options of :func:`~lightning_noisy.replace_activations`.
+
+    Raises:
+        TypeError: if ``to`` is nothing to replace activations with, or an option has another type than it may have.
+        ValueError: if a name or an option is unknown.
+    """
+
+    to: Replacement
+    gates: bool = False
+    outputs: bool = False
+    after_residual: bool = False
+    keep_last: int = 0
+    include: Rule | None = None
+    exclude: Rule | None = None
+    batchnorm_affine: Literal["keep", "strip"] = "keep"
+    buffer_batchnorm: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_replacement(self.to)
+        for option in ("gates", "outputs", "after_residual"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"{option} must be True or False, got {getattr(self, option)!r}.")
+        if isinstance(self.keep_last, bool) or not isinstance(self.keep_last, int):
+            raise TypeError(f"keep_last must be an integer >= 0, got {self.keep_last!r}.")
+        if self.keep_last < 0:
+            raise ValueError(f"keep_last must be >= 0, got {self.keep_last!r}.")
+        for option in ("include", "exclude"):
+            _check_rule(option, getattr(self, option))
+        if not isinstance(self.buffer_batchnorm, (bool, str)):
+            raise TypeError(
+                f"buffer_batchnorm must be True, False or the name of a layer, got {self.buffer_batchnorm!r}."
+            )
+        if self.batchnorm_affine not in ("keep", "strip"):
+            raise ValueError(f'batchnorm_affine must be "keep" or "strip", got {self.batchnorm_affine!r}.')
+
+    @functools.cached_property
+    def call(self) -> str:
+        """Fingerprint of what is replaced with what, by which rules."""
+        return fingerprint([getattr(self, each.name) for each in fields(self)])
+
+    @functools.cached_property
+    def of_to(self) -> str:
+        """Fingerprint of ``to``."""
+        return fingerprint(self.to)
+
+    def chosen(self, model: nn.Module, sites: ActivationSites) -> dict[str, New | None]:
+        """By the names of the sites what they are replaced with; None where this very policy has done it already."""
+        chosen: dict[str, New | None] = {}
+        for site in sites:
+            if (origin := _origin(model, site)) is not None and origin.call == self.call:
+                chosen[site.name] = None
+            elif (new := self.choose(site)) is not None:
+                chosen[site.name] = new
+        last = sorted((site for site in sites if site.name in chosen), key=lambda site: site.order)
+        for site in last[len(last) - self.keep_last :] if self.keep_last else ():
+            del chosen[site.name]
+        return chosen
+
+    def keeps(self, model: nn.Module, site: ActivationSite, new: New | None) -> bool:
+        """Whether a site has its module because of ``new``, or of the same ``to``: it keeps what it has learned."""
+        origin = _origin(model, site)
+        return new is None or (origin is not None and (origin.to == self.of_to or origin.new == fingerprint(new)))
+
+    def choose(self, site: ActivationSite) -> New | None:
+        """What the site is replaced with, or None if it stays."""
+        if site.kind == "recurrent" or (site.after_residual and not self.after_residual):
+            return None
+        if self.include is not None and not _matches(site, self.include):
+            return None
+        if self.exclude is not None and _matches(site, self.exclude):
+            return None
+        to = self.to
+        if isinstance(to, Mapping):
+            return to.get(site.function)
+        if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
+            return None
+        if site.is_gate and not self.gates:
+            return None
+        # A function without a name here may be anything.
+        may_be_either = (site.function in GATE_OR_OUTPUT or site.function not in registry.PLAIN) and site.name != ""
+        return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
+
+    def unmatched(self, sites: ActivationSites) -> Iterator[str]:
+        """Of each pattern of names that no site has, what to say of it."""
+        for option, rule in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in _patterns(rule):
+                if not any(_matches(site, pattern) for site in sites):
+                    yield f"{option}={pattern!r} matches no activation.{_suggestion(pattern, sites)}"
+
+
+def _check_rule(option: str, rule: Rule | None) -> None:
+    if isinstance(rule, Sequence) and not isinstance(rule, str):
+        for each in rule:
+            _check_rule(option, each)
+    elif not (rule is None or isinstance(rule, str) or callable(rule)):
+        raise TypeError(
+            f"{option} must be a pattern of names, a class of modules, a function from a site to a bool, or a sequence"
+            f" of them, got {rule!r}."
+        )
+
+
+def _origin(model: nn.Module, site: ActivationSite) -> Origin | None:
+    """Where a site's module comes from, or the module that it is a part of."""
+    path = site.owner.split(".") if site.owner else []
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
+    return next((origin for each in (site.module, *around) if (origin := Origin.of(each)) is not None), None)
+
+
+def _patterns(rule: Rule | None) -> Iterator[str]:
+    if isinstance(rule, str):
+        yield rule
+    elif isinstance(rule, Sequence):
+        for each in rule:
+            yield from _patterns(each)
+
+
+def _suggestion(pattern: str, sites: ActivationSites) -> str:
+    names = [site.name for site in sites]
+    below = [name for name in names if name.startswith((f"{pattern}.", f"{pattern}:"))]
+    if below:
+        all_children = all(name.startswith(f"{pattern}.") for name in below)
+        return f" Those in {pattern!r} are {pattern + ('.*' if all_children else '[.:]*')!r}."
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _matches(site: ActivationSite, rule: Rule) -> bool:
+    if isinstance(rule, str):
+        return fnmatch.fnmatchcase(site.name, rule)
+    if inspect.isclass(rule):
+        return isinstance(site.module, rule)
+    if callable(rule):
+        return bool(rule(site))
+    return any(_matches(site, each) for each in rule)

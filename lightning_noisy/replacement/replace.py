@@ -1,0 +1,317 @@
+"""Swapping the activations of a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_noisy.nn import registry
+from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.nn.normalized import NormalizedActivation
+from lightning_noisy.replacement.batch_norm import buffer, strip
+from lightning_noisy.replacement.install import place
+from lightning_noisy.replacement.late_swap import watch
+from lightning_noisy.replacement.origin import Origin, fingerprint
+from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
+from lightning_noisy.replacement.record import Record
+from lightning_noisy.replacement.sites import ActivationSite, ActivationSites, activation_sites
+from lightning_noisy.replacement.snapshot import Snapshot
+
+__all__ = ["replace_activations", "restore_activations", "swap"]
+
+# What hooks on a module consist of.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def replace_activations(
+    model: nn.Module,
+    to: Replacement,
+    *,
+    example_inputs: Any = None,
+    gates: bool = False,
+    outputs: bool = False,
+    after_residual: bool = False,
+    keep_last: int = 0,
+    include: Rule | None = None,
+    exclude: Rule | None = None,
+    batchnorm_affine: Literal["keep", "strip"] = "keep",
+    buffer_batchnorm: bool | str = False,
+) -> nn.Module:
+    """Replace the activations of a model, each by a module of its own, in place.
+
+    Every place of :func:`~lightning_noisy.activation_sites` counts: modules, where they are registered and where they
+    are used again, functions, methods, functions held as attributes, modules built in forward. A place of a module or
+    an attribute has its replacement there; calls in code go to a child ``activation_calls`` of the module whose code it
+    is, whose class is written anew for that. Each replacement takes over training flag, device, hooks and the in-place
+    behaviour; its new parameters have the dtype of their neighbours and need gradients if those do. Either all places
+    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing,
+    where functions count as the same by their code, defaults and closure.
+
+    Best called in the model's ``__init__``, when its layers are there: its optimizer then has the new parameters, and
+    its checkpoints load as any. Those of a model that was changed from outside load with
+    :func:`lightning_noisy.load_replaced`. A ``state_dict`` says in its metadata what was replaced with what; loading it
+    into a model where that is otherwise is an error, unless ``strict=False``.
+
+    A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
+    multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or of which it isn't
+    known what follows; and recurrent layers. The noisy names leave functions that don't saturate.
+
+    Args:
+        model: the model, not yet scripted, sharded or wrapped for data parallelism; of a compiled one the module inside
+        is
+            changed, and compiled anew. Make its optimizer afterwards: there are new parameters.
+        to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a class of modules, made
+            without arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain
+            functions' names to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: one forward pass then
+            shows what follows what, and how often a loop is passed. Without them what can be traced is used.
+        gates: replace gates, too.
+        outputs: replace the sigmoids and the like that are, or may be, an output or a gate, too.
+        after_residual: replace those right after the addition of two branches, too. (ANAct's authors leave them.)
+        keep_last: so many, called last, stay; >= 0. (3 in the authors' VGG-19.)
+        include: only these: a pattern of names such as ``"layer1.*"``, a class of the modules to be replaced, a
+        function
+            from a site to a bool, or a sequence of them, of which one is to match.
+        exclude: not these.
+        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced place.
+        Untrained
+            ones, 1 and 0, change nothing; otherwise a warning names what is lost.
+        buffer_batchnorm: put a batch norm without weights before the last linear layer, or the one of that name: a
+        child
+            ``buffer`` of it, applied to its input.
+
+    Returns:
+        ``model``, or the replacement if the model itself is an activation module.
+
+    Raises:
+        TypeError: if ``model`` is not a module, or ``to`` is nothing to replace activations with.
+        ValueError: if a name or an option is unknown, or the model can't be changed any more.
+
+    Warns:
+        UserWarning: if nothing was replaced, something could not be looked into, or a pattern matches no activation;
+            at an optimizer's first steps, if it trains everything but the new parameters, since it was made before.
+
+    >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
+    Sequential(
+      (0): Linear(in_features=4, out_features=2, bias=True)
+      (1): NReLU(relu, momentum=0.1, bounds=(0.2, 5.0), max_rejections=10)
+    )
+    """
+    policy = Policy(to, gates, outputs, after_residual, keep_last, include, exclude, batchnorm_affine, buffer_batchnorm)
+    return swap(model, policy, example_inputs)[0]
+
+
+def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[nn.Module, list[nn.Module]]:
+    """Do what :func:`replace_activations` says; also returns what is now in all places that the policy chooses."""
+    _check_replaceable(model)
+    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    sites = activation_sites(inside, example_inputs)
+    for reason in policy.unmatched(sites):
+        warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
+    chosen = policy.chosen(inside, sites)
+    if not chosen:
+        _warn_unchanged(inside, sites, policy.to)
+        return model, []
+    first_replacements: dict[nn.Module, nn.Module] = {}
+    there: dict[str, nn.Module] = {}
+    for site in sites:
+        if site.name in chosen:
+            assert site.module is not None
+            new = chosen[site.name]
+            there[site.name] = (
+                site.module
+                if new is None or policy.keeps(inside, site, new)
+                else _make(site, new, inside, first_replacements)
+            )
+    if "" in there:
+        return there[""], [there[""]]
+    made = {site.name: there[site.name] for site in sites if there.get(site.name) not in (None, site.module)}
+    if made:
+        _put(inside, sites, made, policy, chosen)
+        watch(inside, made.values())
+    for site in sites:
+        if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
+            folded = (origin := Origin.of(site.module)) is not None and origin.folded
+            Origin(policy.call, policy.of_to, fingerprint(new), site.name, folded).leave(there[site.name])
+    if made and sites.unresolved:
+        warnings.warn(
+            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what it could not look into:"
+            f" {_joined(sites)}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return model, list(there.values())
+
+
+def _put(
+    model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy, chosen: dict[str, New | None]
+) -> None:
+    """Put the modules into their places, all or none."""
+    snapshot = Snapshot(model)
+    record = Record.of(model)
+    try:
+        place(model, sites, made, record)
+        if policy.batchnorm_affine == "strip":
+            strip(model, [site for site in sites if site.name in made], record)
+        if policy.buffer_batchnorm:
+            buffer(model, policy.buffer_batchnorm, record)
+        record.add(made, policy, chosen)
+        record.keep(model)
+    except BaseException:
+        record.remove_new_hooks()
+        snapshot.restore()
+        raise
+
+
+def restore_activations(model: nn.Module) -> nn.Module:
+    """Undo :func:`replace_activations`: the model has the activations again that it had before the first one.
+
+    Args:
+        model: the model, in place. What other layers have learned stays; so do batch norms that were stripped, with the
+            weights they had.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if nothing was replaced in it, or its normalization was folded.
+
+    >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
+    >>> restore_activations(model)[1]
+    ReLU()
+    """
+    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    Record.of(inside, existing=True).undo(inside)
+    return model
+
+
+def _check_replaceable(model: object) -> None:
+    """Raise if the model's kind or state doesn't allow new modules."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("A scripted model can't be changed. Replace the activations before torch.jit.script.")
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise ValueError(
+            f"{type(model).__name__} doesn't notice new parameters. Replace the activations of the module that it"
+            " wraps, before wrapping it."
+        )
+    if isinstance(model, nn.Module) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "The model is sharded already. Replace the activations before fully_shard or parallelize_module."
+        )
+
+
+def _make(
+    site: ActivationSite, new: New, model: nn.Module, first_replacements: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """The module that takes the site's place: the present one, if it is the same already.
+
+    ``first_replacements`` has the first replacement of each instance: it inherits the hooks, the others get copies.
+    """
+    assert site.module is not None
+    old = site.module
+    # From the owner outwards: the parameters closest to the site.
+    path = site.owner.split(".") if site.owner else []
+    around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
+    neighbours = next((found for module in around if (found := list(module.parameters()))), [])
+    module = _instantiate(site, new)
+    inplace = bool(getattr(old, "inplace", False))
+    if inplace and not hasattr(module, "inplace"):
+        raise ValueError(
+            f"{site.name!r} works in place ({old!r}), {type(module).__name__} does not, and what else reads its"
+            " input would see other values. Build the model with inplace=False."
+        )
+    if module is not old and hasattr(module, "inplace"):
+        module.inplace = inplace  # type: ignore[assignment]
+    # Only a name or a class says all about a module; two callables may differ in what no repr shows.
+    if module is old or ((isinstance(new, str) or inspect.isclass(new)) and _is_alike(module, old)):
+        return old
+    if neighbours:
+        module.to(neighbours[0].device)
+        if neighbours[0].is_floating_point():
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(neighbours[0].dtype)
+        if not any(parameter.requires_grad for parameter in neighbours):
+            module.requires_grad_(False)
+    module.train(model.get_submodule(site.owner).training if site.call is not None else old.training)
+    if all(inner is not old for inner in module.modules()):  # else it is still called, hooks and all
+        for name in _HOOKS:
+            if getattr(module, name) or old in first_replacements:
+                getattr(module, name).update(getattr(old, name))
+            else:  # the very dictionary: handles that users hold go on to remove their hooks
+                setattr(module, name, getattr(old, name))
+        module._is_full_backward_hook = old._is_full_backward_hook
+    first_replacements.setdefault(old, module)
+    return module
+
+
+def _is_alike(module: nn.Module, old: nn.Module) -> bool:
+    """Whether two modules are of the same class and options; c of a noisy one counts as it was at the start."""
+    if isinstance(module, NoisyActivation) and isinstance(old, NoisyActivation):
+        if module._first_c != old._first_c:
+            return False
+        old = copy.copy(old)
+        old.__dict__["_buffers"] = {**old._buffers, "c": module.c}
+    return type(module) is type(old) and repr(module) == repr(old)
+
+
+def _instantiate(site: ActivationSite, new: New) -> nn.Module:
+    name, options = registry.parse(new) if isinstance(new, str) else ("", {})
+    assert site.module is not None
+    if name == "normalized":
+        # The function with the site's own options and parameters. A shallow copy, since it may work in place.
+        function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
+        if isinstance(function, nn.Module):
+            if hasattr(function, "inplace"):
+                function.inplace = False  # type: ignore[assignment]
+            for hooks in _HOOKS:  # they are the new module's
+                setattr(function, hooks, type(getattr(function, hooks))())
+        return registry.create(name, function=function, **options)
+    if isinstance(new, str):
+        return registry.create(name, function=site.function, **options)
+    if inspect.isclass(new):
+        try:
+            return cast(nn.Module, new())
+        except TypeError as error:
+            raise TypeError(
+                f"{new.__name__} can't be made without arguments ({error}). Pass a function that gives them:"
+                f" lambda site: {new.__name__}(...)"
+            ) from error
+    made = new(site)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"The replacement of {site.name!r} must be an nn.Module, got {made!r}.")
+    return made
+
+
+def _joined(sites: ActivationSites) -> str:
+    return "; ".join(sites.unresolved[:5]) + (
+        f"; and {len(sites.unresolved) - 5} more" if len(sites.unresolved) > 5 else ""
+    )
+
+
+def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -> None:
+    found = ", ".join(f"{site.name or '(root)'} ({site.function})" for site in sites)
+    hint = (
+        f"Found {found}. Name functions in a mapping to replace them, such as {{{sites[0].function!r}: ...}}."
+        if sites
+        else "No activation was found in it."
+    )
+    what = f"replace_activations({type(model).__name__}, {to!r}) replaced nothing."
+    if sites.unresolved:
+        hint += f" Not looked into: {_joined(sites)}."
+    warnings.warn(f"{what} {hint}", UserWarning, stacklevel=4)

@@ -1,0 +1,419 @@
+"""Where a model applies activation functions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_noisy.nn import registry
+from lightning_noisy.replacement.call_finder import FUNCTIONS, NAME, Call, UnreadError, calls_of, plain_module
+from lightning_noisy.replacement.call_redirect import CallSites, send_calls
+from lightning_noisy.replacement.dataflow import Probe, Seen, observe, trace
+from lightning_noisy.replacement.snapshot import Snapshot
+
+__all__ = ["ActivationSite", "ActivationSites", "activation_sites", "registered_activations"]
+
+# Functions that gates and output layers are made of.
+GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """One place where a model applies an activation function.
+
+    Attributes:
+        name: path of the module, as in ``model.named_modules()``, ``""`` if the model is an activation;
+            ``"layer1.0.relu#2"`` for the second place that calls a module; ``"branch1:relu#0"`` for the first call of a
+            ReLU in the code of ``branch1``; ``"@2"`` is added for the second pass of a call in a loop.
+        kind: ``"module"``, ``"function"`` (``F.relu(x)``), ``"method"`` (``x.relu()``), ``"attribute"`` (a function
+        that
+            is held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
+        function: plain name of the function, such as ``"relu"``.
+        owner: path of the module whose forward makes the call.
+        after_residual: whether the input comes straight from the addition of two branches; None where unknown.
+        is_gate: whether the output is multiplied with another branch; None where unknown.
+        is_output: whether the output is one of the model's; None where unknown.
+        order: its number in the order in which they are called, as far as that is known.
+        batch_norm: path of the batch norm whose output it gets; None if there is none, or it isn't known.
+        module: the activation module; for a call one that computes the same, with the values that its arguments have
+            now, which is not part of the model.
+    """
+
+    name: str
+    kind: str
+    function: str
+    owner: str
+    after_residual: bool | None
+    is_gate: bool | None
+    is_output: bool | None
+    order: int
+    batch_norm: str | None
+    module: nn.Module | None = field(repr=False, compare=False)
+    call: Call | None = field(default=None, repr=False, compare=False)
+    number: int = field(default=1, repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Its name within its owner."""
+        return self.name[len(self.owner) :].lstrip(".:")
+
+
+class ActivationSites(list[ActivationSite]):
+    """A list of sites that prints as a table.
+
+    Attributes:
+        unresolved: what could not be looked into, each with the reason.
+    """
+
+    def __init__(self, sites: Iterable[ActivationSite] = (), unresolved: Iterable[str] = ()) -> None:
+        super().__init__(sites)
+        self.unresolved = list(unresolved)
+
+    def __str__(self) -> str:
+        """One line per site below a header; then what could not be looked into."""
+        columns = ("name", "kind", "function", "owner", "after_residual", "is_gate")
+        rows: list[tuple[str, ...]] = [columns]
+        rows += [tuple(str(getattr(site, column)) or "(root)" for column in columns) for site in self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + [f"not looked into: {reason}" for reason in self.unresolved])
+
+
+def activation_sites(model: nn.Module, example_inputs: Any = None) -> ActivationSites:
+    """List every place where a model applies an activation function; changes nothing.
+
+    Modules are found in the model's tree, an instance that is registered twice at two places. Calls of functions and
+    methods are found in the source of the modules' classes. With example inputs one forward pass shows what comes
+    before and after each, and how often one is passed; buffers and random states are as before afterwards. Without,
+    each module's forward is traced on its own, as far as that goes.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model; by
+        default a
+            LightningModule's ``example_input_array``, if it has one.
+
+    Returns:
+        The sites, in the order of the modules and of their source, or with example inputs in the order in which they
+        are called; prints as a table. ``unresolved`` says what could not be looked into.
+
+    Raises:
+        TypeError: if ``model`` is not an ``nn.Module``.
+
+    >>> print(activation_sites(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1), nn.Sigmoid())))
+    name  kind    function  owner   after_residual  is_gate
+    1     module  tanh      (root)  False           False
+    3     module  sigmoid   (root)  False           None
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}.")
+    if (function := registry.function_name(model)) is not None:
+        return ActivationSites([ActivationSite("", "module", function, "", None, None, None, 0, None, model)])
+    asked = example_inputs is not None
+    if not asked:
+        example_inputs = getattr(model, "example_input_array", None)
+    if isinstance(model, _RECURRENT):
+        function = _recurrent_function(model)
+        return ActivationSites([ActivationSite("", "recurrent", function, "", None, None, None, 0, None, model)])
+    snapshot = Snapshot(model)
+    names = {module: name for name, module in model.named_modules()}
+    spots = list(_walk(model, "", False, set()))
+    unresolved = [reason for spot in spots for reason in spot.reasons]
+    try:
+        probes = _put_probes(spots, unresolved)
+        if example_inputs is None:
+            traced = {owner: trace(owner) for owner in dict.fromkeys(probes.values()) if _has_forward(owner)}
+            unresolved += [
+                f"{spot.name}: it is in a loop that can't be traced, and would have one module for all passes; pass"
+                " example_inputs to have one for each"
+                for spot in spots
+                if spot.call and spot.call.in_loop and spot.seen.passes is None and not traced.get(spot.owner)
+            ]
+        else:
+            for unseen in observe(model, example_inputs, probes, names):
+                calls = f"{unseen.count} calls of {unseen.function}" if unseen.count > 1 else f"a {unseen.function}"
+                unresolved.append(
+                    f"{unseen.owner or '(root)'}: {calls} that the source of its class doesn't show, such as in another"
+                    " function; make it a module"
+                )
+            idle = [spot for spot in spots if spot.function and spot.kind != "recurrent" and spot.seen.order is None]
+            if asked:
+                unresolved += [f"{spot.name}: not called with these example inputs" for spot in idle]
+                spots = [spot for spot in spots if spot not in idle]
+    finally:
+        snapshot.restore()
+    unresolved += [
+        f"{spot.name}: called {spot.seen.passes} times in a pass of its owner, from where its source doesn't show; it"
+        " would have one module for all"
+        for spot in spots
+        if spot.function and (spot.seen.passes or 0) > 1 and not (spot.call and spot.call.in_loop)
+        if _has_forward(spot.owner)
+    ]
+    sites = [site for spot in spots for site in spot.sites(names)]
+    if example_inputs is not None:
+        sites.sort(key=lambda site: site.order)
+    return ActivationSites(sites, unresolved)
+
+
+def registered_activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the places whose activations are modules of the model; nothing is run or traced."""
+    if registry.function_name(model) is not None:
+        yield "", model
+        return
+    there = set(model.modules())
+    for spot in _walk(model, "", False, set()):
+        for site in spot.sites({}):
+            if site.module in there and site.kind != "recurrent":
+                assert site.module is not None
+                yield site.name, site.module
+
+
+@dataclass
+class _SiteCandidate:
+    """A place before it is known how often it is passed."""
+
+    path: str
+    owner: nn.Module
+    kind: str
+    key: str
+    function: str
+    module: nn.Module | None
+    call: Call | None = None
+    feeds_layer: bool = False
+    number: int = 0
+    seen: Seen = field(default_factory=Seen)
+    reasons: list[str] = field(default_factory=list)
+    others: dict[int, nn.Module] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        is_child = self.kind in ("module", "attribute", "recurrent")
+        return self.key if is_child and not self.path else f"{self.path}{'.' if is_child else ':'}{self.key}"
+
+    def sites(self, names: dict[nn.Module, str]) -> Iterator[ActivationSite]:
+        if not self.function:
+            return
+        seen = self.seen
+        is_gate = False if seen.is_gate is None and self.feeds_layer else seen.is_gate
+        in_loop = self.call is not None and self.call.in_loop
+        passes = max(seen.passes or 1, len(self.others) + 1) if in_loop else 1
+        order = self.number if seen.order is None else seen.order
+        for number in range(1, passes + 1):
+            name = self.name if number == 1 else f"{self.name}@{number}"
+            module = self.others.get(number, self.module)
+            yield ActivationSite(
+                name,
+                self.kind,
+                self.function,
+                self.path,
+                seen.after_residual,
+                is_gate,
+                seen.is_output,
+                order,
+                names.get(seen.batch_norm) if seen.batch_norm is not None else None,
+                module,
+                self.call,
+                number,
+            )
+
+
+def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) -> Iterator[_SiteCandidate]:
+    """Spots at and below ``owner``; ``feeds_layer``: owner's output is the input of a next layer."""
+    seen.add(owner)
+    if isinstance(owner, torch.jit.ScriptModule):
+        yield _SiteCandidate(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: it is scripted"])
+        return
+    numbers = len(seen)
+    chained = type(owner).forward is nn.Sequential.forward
+    calls, reasons = calls_of(owner, _function_of)
+    uses = {call.key: call for call in calls if call.kind == "module"}
+    if reasons:
+        yield _SiteCandidate(
+            path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: {reason}" for reason in reasons]
+        )
+    there = owner._modules.get(NAME)
+    sent: dict[str, nn.Module] = dict(there.items()) if isinstance(there, CallSites) else {}
+    for key, value in owner.__dict__.items():
+        if key.startswith("_"):
+            continue
+        function = _held_function(value)
+        if function is not None:
+            use = uses.pop(key, None)
+            yield _SiteCandidate(
+                path, owner, "attribute", key, *function, use, number=numbers, others=_others(sent, key)
+            )
+        elif held := _held_activations(value):
+            reason = (
+                f"{path or '(root)'}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
+            )
+            yield _SiteCandidate(path, owner, "", "", "", None, reasons=[reason])
+    children = list(owner._modules.items())  # named_children() would pass over the second use of an instance
+    for index, (key, child) in enumerate(children):
+        if child is None or isinstance(child, (ParametrizationList, CallSites)):  # whose functions are of weights
+            continue
+        name = f"{path}.{key}" if path else key
+        # What follows must be a layer: an output may still be reshaped.
+        layer_follows = any(_has_parameters(later) for _, later in children[index + 1 :])
+        child_feeds_on = chained and (layer_follows or feeds_layer)
+        function_name = _function_of(child)
+        if function_name is not None:  # what an activation consists of is no site of its own
+            use = uses.pop(key, None)
+            others = _others(sent, key)
+            yield _SiteCandidate(
+                path, owner, "module", key, function_name, child, use, child_feeds_on, len(seen), others=others
+            )
+        elif isinstance(child, _RECURRENT):
+            yield _SiteCandidate(path, owner, "recurrent", key, _recurrent_function(child), child, number=len(seen))
+        elif child not in seen:
+            yield from _walk(child, name, child_feeds_on, seen)
+    for call in calls:
+        if call.kind == "module" and call.key not in uses:
+            continue
+        module = sent.get(call.key, call.plain)
+        if module is None and call.child is not None:
+            module = owner._modules.get(call.child)
+            if module is None and (function := _held_function(owner.__dict__.get(call.child))) is not None:
+                module = function[1]
+        # A second use is named like a child, not like a call.
+        yield _SiteCandidate(
+            path,
+            owner,
+            call.kind,
+            call.key,
+            call.function,
+            module,
+            call,
+            number=numbers,
+            others=_others(sent, call.key),
+        )
+
+
+def _others(sent: dict[str, nn.Module], key: str) -> dict[int, nn.Module]:
+    """The modules of the further passes."""
+    return {int(name.rpartition("@")[2]): module for name, module in sent.items() if name.startswith(f"{key}@")}
+
+
+def _put_probes(spots: list[_SiteCandidate], unresolved: list[str]) -> dict[Probe, nn.Module]:
+    """Let a probe stand at each spot; returns each with its owner."""
+    probes: dict[Probe, nn.Module] = {}
+    calls: dict[nn.Module, list[tuple[Call, list[nn.Module]]]] = {}
+    for spot in spots:
+        if spot.kind in ("", "recurrent"):
+            continue
+        if spot.module is None:
+            unresolved.append(f"{spot.name}: an argument of {spot.function} is known only when it runs")
+            spot.function = ""
+            continue
+        probe = Probe(spot.module, spot.seen)
+        probes[probe] = spot.owner
+        if spot.kind == "attribute":
+            spot.owner.__dict__[spot.key] = probe
+        elif spot.kind == "module" and spot.key in spot.owner._modules:
+            spot.owner._modules[spot.key] = probe
+        else:
+            assert spot.call is not None
+            calls.setdefault(spot.owner, []).append((spot.call, [probe]))
+    for owner, theirs in calls.items():
+        try:
+            send_calls(owner, theirs)
+        except UnreadError as reason:
+            unresolved.append(f"{type(owner).__name__}: its code can't be written anew: {reason}")
+            for spot in spots:
+                if spot.owner is owner and spot.call is not None and spot.key not in owner._modules:
+                    spot.function = ""
+    return probes
+
+
+def _held_function(value: object) -> tuple[str, nn.Module] | None:
+    """Name and module of a function that is held as an attribute."""
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = {}
+    if isinstance(value, functools.partial):
+        partial: functools.partial[Any] = value
+        value, arguments, options = partial.func, partial.args, partial.keywords
+    if not callable(value) or isinstance(value, nn.Module) or value not in FUNCTIONS:
+        return None
+    name, inplace = FUNCTIONS[value]
+    try:
+        return name, plain_module(name, *arguments, inplace=inplace, **options)
+    except (UnreadError, TypeError):
+        return None
+
+
+def _held_activations(value: object) -> str:
+    """What activations a plain container holds."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if not isinstance(items, Iterable) or len(items) > 1000:
+        return ""
+    found = [
+        name
+        for each in items
+        if (name := registry.function_name(each) if isinstance(each, nn.Module) else (_held_function(each) or ("",))[0])
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+_GRID = torch.linspace(-4, 4, 64)
+
+
+def _foreign_function(module: nn.Module) -> str | None:
+    """The name of the function of an activation module of another library, or of one's own; None if it is none.
+
+    That is a module without children, parameters and buffers whose forward takes one tensor, and computes something
+    elementwise that is no straight line.
+    """
+    space = f"{type(module).__module__}."
+    if space.startswith(("torch.", "lightning_noisy.")) or module._modules or module._parameters or module._buffers:
+        return None
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+        needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        if len(needed) != 1 or parameters[0] is not needed[0]:
+            return None
+        twin = copy.copy(module)
+        with torch.no_grad(), torch.random.fork_rng([]):
+            y = twin.forward(_GRID.clone())
+            if not isinstance(y, Tensor) or y.shape != _GRID.shape or not y.is_floating_point():
+                return None
+            if not torch.equal(twin.forward(_GRID.flip(0).view(8, 8)).view(-1).flip(0), y):
+                return None
+        bends = (y[2:] - 2 * y[1:-1] + y[:-2]).abs().amax()
+        if not bends > 1e-4:
+            return None
+        for name, cls in registry.PLAIN.items():
+            if name not in ("prelu", "rrelu") and torch.allclose(cls()(_GRID), y, atol=2e-3):
+                return name
+    except Exception:
+        return None
+    return type(module).__name__.lower()
+
+
+def _function_of(module: Any) -> str | None:
+    if not isinstance(module, nn.Module):
+        held = _held_function(module)
+        return held[0] if held else None
+    return registry.function_name(module) or _foreign_function(module)
+
+
+def _recurrent_function(module: nn.Module) -> str:
+    return "relu" if "RELU" in str(getattr(module, "mode", getattr(module, "nonlinearity", ""))).upper() else "tanh"
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(
+        module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    )
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())

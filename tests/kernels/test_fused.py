@@ -1,0 +1,280 @@
+"""The sweeps of `functional.fused` against the readable reference: plain torch operations and autograd."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_noisy.functional.slopes import slope
+from lightning_noisy.kernels import fused
+from lightning_noisy.nn import NAH, NAN, NANI, NANIL, NANIS, NormalizedActivation
+
+FUNCTIONS = [F.relu, nn.ReLU(), F.silu, nn.SiLU(), nn.LeakyReLU(0.2), F.leaky_relu, nn.GELU()]
+FUNCTIONS += [nn.GELU(approximate="tanh"), torch.tanh, nn.ELU(), nn.ELU(0.5)]
+IDS = [getattr(function, "__name__", repr(function)) for function in FUNCTIONS]
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """AddressRanges a function with the sweeps switched off."""
+
+    def run(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr("lightning_noisy.kernels.fused.takes", lambda x: False)
+            return function(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=IDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_kernels_give_value_and_derivative(function, dtype, tolerance):
+    x = torch.cat([normal(1000, dtype=dtype) * 3, torch.tensor([0.0, -0.0, 30.0, -30.0, 1e4, -1e4], dtype=dtype)])
+    value, derivative = torch.empty_like(x), torch.empty_like(x)
+    kernel = fused.fused_function(function)
+    kernel.value(x, value)
+    kernel.chain(torch.ones_like(x), x, value, derivative)
+    torch.testing.assert_close(value, function(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(derivative, slope(lambda x: function(x), x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 3 * 2**16 + 7])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_moments_equal_numpy_also_far_from_zero(size, mean):
+    x = normal(size) + mean
+    y = torch.empty_like(x)
+    mean_x, var_x, mean_y, var_y, gain_prime = fused.moments(fused.fused_function(F.silu), x, y)
+    wide = x.double().numpy()
+    s = 1 / (1 + np.exp(-wide))
+    expected = wide.mean(), wide.var(), (wide * s).mean(), (wide * s).var(), ((s * (1 + wide * (1 - s))) ** 2).mean()
+    np.testing.assert_allclose(
+        [mean_x, var_x, mean_y, var_y, gain_prime], expected, rtol=2e-4 if mean else 1e-5, atol=1e-9
+    )
+
+
+def steps(function, dtype, shape=(16, 6, 5, 5), inplace=False):
+    """Outputs, gradients and state of three training steps, with a shift in the middle that is rejected at first."""
+    torch.manual_seed(0)
+    module = NormalizedActivation(copy.deepcopy(function), max_rejections=1, inplace=inplace).to(dtype)
+    with torch.no_grad():
+        module.alpha.fill_(0.4)
+    found = []
+    for seed, scale, offset in ((0, 1.0, 0.0), (1, 0.9, 0.3), (2, 1.0, -9.0), (3, 1.0, -9.0), (4, 1.1, 0.0)):
+        x = (normal(*shape, dtype=dtype, seed=seed) * scale + offset).requires_grad_()
+        y = module(x * 1.0)
+        module.alpha.grad = None
+        y.backward(normal(*shape, dtype=dtype, seed=seed + 10))
+        found += [y.detach(), x.grad, module.alpha.grad, *(buffer.clone() for buffer in module.buffers())]
+    return found
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=IDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+def test_training_is_that_of_the_reference(function, dtype, tolerance, reference):
+    for mine, expected in zip(steps(function, dtype), reference(steps, function, dtype), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+@pytest.mark.parametrize("shape", [(20, 6, 3, 3), (2, 40), (40,)])
+def test_strided_statistics_are_those_of_every_nth_sample(sweeps, shape, reference):
+    def run():
+        strided, plain = NormalizedActivation(F.silu, stride=4), NormalizedActivation(F.silu)
+        x = normal(*shape).requires_grad_()
+        plain(x[::4])
+        y = strided(x)
+        y.sum().backward()
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(strided.get_buffer(name), buffer)
+        torch.testing.assert_close(y, plain.eval()(x))
+        torch.testing.assert_close(x.grad, plain.scale.detach() * slope(F.silu, x.detach()))
+
+    run() if sweeps else reference(run)
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_beta_bounds_what_alpha_does_and_alpha_need_not_learn(sweeps, reference):
+    def run():
+        module, x = NormalizedActivation(F.relu, beta=0.5), normal(30)
+        module(x)
+        factor = module.scale.item()
+        with torch.no_grad():
+            module.alpha.fill_(50.0)
+        assert module.scale.item() == pytest.approx(factor + 0.5)
+        module.momentum = 1e-9
+        module(x).sum().backward()
+        assert module.alpha.grad.item() == pytest.approx(0.0, abs=1e-6)  # tanh is flat there
+        with torch.no_grad():
+            module.alpha.fill_(0.0)
+        module.alpha.grad = None
+        y = module(x)
+        y.sum().backward()
+        expected = 0.5 * (F.relu(x) - module.shift).sum().item()
+        assert module.alpha.grad.item() == pytest.approx(expected, abs=1e-4)
+        assert not NormalizedActivation(F.relu, learn_alpha=False).alpha.requires_grad
+
+    run() if sweeps else reference(run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"beta": -1}, "beta must be a finite number >= 0, got -1"), ({"stride": 0}, "stride must be an integer >= 1")],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NormalizedActivation(F.relu, **options)
+
+
+def test_channels_last_is_that_of_the_reference(reference):
+    def run():
+        module = NormalizedActivation(F.silu)
+        x = normal(8, 6, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+        y = module(x)
+        y.backward(normal(8, 6, 5, 5, seed=1))  # another memory format than the output's
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        return y.detach(), x.grad, module.alpha.grad
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [F.silu, torch.tanh, nn.GELU()])
+def test_second_derivatives(function):
+    module = NormalizedActivation(function).double()
+    module(normal(50, dtype=torch.float64))
+    module.momentum = 1e-12  # the running values stay: they are constants for the derivatives
+    x = normal(6, dtype=torch.float64, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(module, (x,), atol=1e-4)
+    assert torch.autograd.gradgradcheck(module, (x,), atol=1e-4)
+
+
+def test_alpha_alone_or_input_alone_may_need_a_gradient():
+    module, x = NormalizedActivation(F.relu), normal(40)
+    module(x).sum().backward()
+    assert module.alpha.grad is not None
+    module.requires_grad_(False)
+    x.requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_no_more_is_saved_for_backward_than_the_input():
+    saved = []
+    module, x = NormalizedActivation(F.silu), normal(100_000).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        module(x)
+    assert sum(saved) <= 100_000 + 1
+
+
+def test_functions_without_a_kernel_go_the_general_way():
+    assert fused.fused_function(torch.sin) is None
+    assert fused.fused_function(nn.Mish()) is None
+
+    class Own(nn.ReLU):
+        pass
+
+    assert fused.fused_function(Own()) is None
+
+
+def noisy_steps(cls, function, alpha, p, size):
+    """Outputs and gradients of two training steps, and the evaluation output after them."""
+    torch.manual_seed(0)
+    module = cls(function, alpha=alpha, c=2.0)
+    with torch.no_grad():
+        module.p.fill_(p)
+    found = []
+    for seed in (0, 1):
+        x = (3 * normal(size, seed=seed)).requires_grad_()
+        module.p.grad = None
+        y = module(x * 1.0)
+        y.backward(normal(size, seed=seed + 10))
+        found += [y.detach(), x.grad, module.p.grad / size**0.5]
+    with torch.no_grad():
+        return [*found, module.eval()(3 * normal(size))]
+
+
+@pytest.mark.parametrize("function", ["tanh", "sigmoid", "relu"])
+@pytest.mark.parametrize("cls", [NAN, NAH])
+@pytest.mark.parametrize(("alpha", "p"), [(1.15, 0.8), (0.9, 0.8), (1.0, -0.6), (1.15, -0.6), (1.15, 0.0)])
+@pytest.mark.parametrize("size", [1001, 2**17 + 3])
+def test_noisy_training_is_that_of_the_reference(cls, function, alpha, p, size, reference):
+    arguments = cls, function, alpha, p, size
+    for mine, expected in zip(noisy_steps(*arguments), reference(noisy_steps, *arguments), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noisy_second_derivatives_are_those_of_the_reference(reference):
+    def run():
+        torch.manual_seed(0)
+        module = NAH(c=2.0)
+        x = (3 * normal(50)).requires_grad_()
+        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, module.p])
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noisy_saves_no_more_for_backward_than_input_and_output():
+    saved = []
+    module, x = NAH(), normal(100_000).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        module(x)
+    assert sum(saved) <= 2 * 100_000 + 1
+
+
+def test_noise_does_not_touch_the_global_random_state():
+    module, before = NAH(), torch.get_rng_state()
+    module(normal(1000))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cls", [NAN, NAH, NANI, NANIL, NANIS])
+def test_evaluation_is_the_mean_of_a_million_draws(cls):
+    torch.manual_seed(1)
+    module = cls(c=1.0)
+    points = torch.tensor([-3.0, -1.2, -1.0, -0.4, 0.0, 0.7, 1.1, 2.5])
+    with torch.no_grad():
+        draws = module(points.repeat(1_000_000, 1)).double()
+        expected = module.eval()(points).double()
+    error = draws.std(0) / 1000
+    assert ((draws.mean(0) - expected).abs() <= 4.5 * error + 1e-6).all()
+
+
+def test_noise_is_new_in_each_pass_and_for_each_module_and_element():
+    module, x = NANI(c=0.1), torch.zeros(50_000)
+    with torch.no_grad():
+        draws = torch.stack([module(x), module(x), NANI(c=0.1)(x)]).double().numpy()
+    assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 4.5 / 50_000**0.5
+    assert abs(np.corrcoef(draws[0, :-1], draws[0, 1:])[0, 1]) < 4.5 / 50_000**0.5
+    np.testing.assert_allclose(draws.std(1), 0.1, rtol=0.015)
+
+
+def test_without_noise_a_run_with_dropout_is_the_noiseless_one():
+    def run(activation):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), activation, nn.Dropout(), nn.Linear(8, 2))
+        torch.manual_seed(1)
+        return model(normal(16, 8)).detach()
+
+    silent = NAN(c=0.0, alpha=1.0)
+    assert torch.equal(run(silent), run(nn.Hardtanh()))
+    assert torch.equal(silent.eval()(normal(50)), nn.functional.hardtanh(normal(50)))
+
+
+def test_ranks_draw_different_noise(monkeypatch):
+    def draw(rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        torch.manual_seed(0)
+        return NANI(c=0.1)(torch.zeros(20_000)).detach().numpy()
+
+    assert abs(np.corrcoef(draw(0), draw(1))[0, 1]) < 4.5 / 20_000**0.5
+    np.testing.assert_array_equal(draw(1), draw(1))

@@ -1,0 +1,193 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_noisy import replace_activations
+from lightning_noisy.monitoring.recorder import ActivationRecorder
+from lightning_noisy.nn import NormalizedActivation, NReLU
+
+
+def record(model, *inputs, threshold=0.05):
+    recorder = ActivationRecorder(model, saturation_threshold=threshold)
+    with recorder:
+        for x in inputs:
+            model(x)
+    result: dict[str, list[float]] = {}
+    for name, value in recorder.statistics.compute().items():
+        result.setdefault(name.split("/")[0], []).append(value.item())
+    return result
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_recorder_sees_the_closed_forms_of_relu_on_normal_input():
+    result = record(nn.ReLU(), normal(1000, 1000))
+    for name in ("rho", "rho_prime", "saturation", "sparsity"):
+        assert result[name] == pytest.approx([0.5], abs=0.005), name
+
+
+def test_recorder_takes_the_saturation_of_tanh_on_both_sides():
+    # |tanh'| < 0.05 where |x| > artanh(sqrt(0.95)) = 2.1783
+    x = torch.tensor([-5.0, -2.2, -2.1, 0.0, 2.1, 2.2, 5.0, 5.0])
+    assert record(nn.Tanh(), x)["saturation"] == [5 / 8]
+    assert record(nn.Sigmoid(), 2 * x)["saturation"] == [5 / 8]  # its largest slope is 1/4
+
+
+def test_recorder_measures_a_normalized_activation_as_it_stands():
+    x = normal(500, 100)
+    result = record(NReLU(), x)
+    (rho,), (rho_prime,) = result["rho"], result["rho_prime"]
+    assert 2 / (1 / rho + 1 / rho_prime) == pytest.approx(1, rel=1e-4)
+    # Inactive and saturated are judged before scale and shift.
+    share = (x <= 0).double().mean().item()
+    assert result["sparsity"] == result["saturation"] == pytest.approx([share], abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_recorder_finds_the_inactive_elements_of_a_normalized_activation_at_any_scale(dtype):
+    # Undoing scale and shift in floating point would put zeros on either side of 0.
+    for seed in range(50):
+        module = NReLU()
+        x = torch.randn(40, 40, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        assert record(module, x)["sparsity"] == pytest.approx([(x <= 0).double().mean().item()], abs=1e-6)
+
+
+def test_recorder_of_a_swapped_model_equals_one_of_a_model_built_that_way():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    built = nn.Sequential(layers[0], NormalizedActivation(nn.Tanh()), layers[2])
+    expected = record(built, normal(500, 8))
+    assert record(replace_activations(nn.Sequential(*layers), "normalized"), normal(500, 8)) == expected
+
+
+def test_recorder_tells_the_replacements_of_an_alias_apart():
+    act = nn.ReLU()
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu")
+    recorder = ActivationRecorder(model)
+    with recorder:
+        model(normal(50, 4))
+    assert recorder.statistics.sums[:, 0].tolist() == [200, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_recorder_measures_prelu(dtype, channels):
+    x = normal(200, 16, 3).to(dtype)
+    result = record(nn.PReLU(channels).to(dtype), x)
+    share = (x > 0).double().mean().item()
+    assert result["rho_prime"] == pytest.approx([share + (1 - share) * 0.25**2], rel=1e-5)
+    normalized = replace_activations(nn.Sequential(nn.PReLU(channels).to(dtype)), "normalized")
+    assert record(normalized, x)["saturation"] == [0]
+
+
+def test_recorder_works_in_inference_mode():
+    with torch.inference_mode():
+        teacher = record(nn.Sequential(nn.GELU(), replace_activations(nn.Tanh(), "normalized")), normal(50, 8))
+    assert teacher["rho"] == pytest.approx(record(nn.Sequential(nn.GELU(), nn.Tanh()), normal(50, 8))["rho"], rel=1e-5)
+
+
+def test_recorder_leaves_out_what_it_cannot_measure_and_says_so_once():
+    class Gated(nn.Sigmoid):
+        def forward(self, x, gate):
+            return torch.sigmoid(x) * gate
+
+    model = nn.ModuleList([Gated(), nn.Tanh()])
+    recorder = ActivationRecorder(model)
+    recorder.attach()
+    with pytest.warns(UserWarning, match="'0' can't be measured, and is left out"):
+        model[1](model[0](normal(5, 5), normal(5, 5)))
+    model[1](model[0](normal(5, 5), normal(5, 5)))  # a second warning would be an error
+    assert recorder.statistics.sums[:, 0].tolist() == [0, 50]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.SiLU])
+def test_recorder_sees_the_input_of_an_in_place_activation(activation):
+    x = normal(100, 10)
+    plain = record(activation(), x.clone())
+    inplace = record(activation(inplace=True), x.clone())
+    assert {name: pytest.approx(value, rel=1e-6) for name, value in plain.items()} == inplace
+    h = normal(100, 10)
+    assert record(replace_activations(activation(inplace=True), "nrelu"), h)["rho"] != [1.0]
+
+
+def test_recorder_counts_a_checkpointed_block_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    recorder = ActivationRecorder(model)
+    for use_reentrant in (False, True):
+        with recorder:
+            x = normal(8, 4).requires_grad_()
+            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert recorder.statistics.sums[0, 0] == 2 * 32
+
+
+@pytest.mark.parametrize("to", [None, "nsw", "normalized"])
+def test_recorder_changes_neither_values_nor_gradients_nor_random_states(to):
+    def run(*, recorded):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(6, 6), nn.RReLU(), nn.Dropout(), nn.Linear(6, 6), nn.ELU(inplace=True), nn.Linear(6, 6)
+        )
+        if to:
+            replace_activations(model, to)
+        if recorded:
+            ActivationRecorder(model).attach()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            y = model(torch.randn(5, 6))
+            y.square().sum().backward()
+        return [y, torch.get_rng_state(), *model.buffers(), *(p.grad for p in model.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(recorded=False), run(recorded=True), strict=True))
+
+
+def test_recorder_leaves_no_hooks_behind():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Tanh())
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    recorder = ActivationRecorder(model)
+    for _ in range(2):
+        recorder.attach()
+        recorder.attach()
+        assert hooks() == 3
+        recorder.detach()
+        recorder.detach()
+        assert hooks() == 0
+    model[1].forward = None
+    with pytest.raises(TypeError), recorder:
+        model(torch.zeros(2, 2))
+    assert hooks() == 0
+
+
+def test_recorder_has_one_site_for_one_module():
+    act = nn.ReLU()
+    recorder = ActivationRecorder(nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 2), act))
+    assert recorder.statistics.sites == ["1"]
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_recorder_number_of_statistics_does_not_depend_on_the_batch(batch):
+    result = record(nn.Sequential(nn.ReLU(), nn.Tanh()), normal(batch, 3))
+    sizes = {name: len(value) for name, value in result.items()}
+    assert sizes == {"rho": 2, "rho_prime": 2, "saturation": 2, "sparsity": 2, "anact_score": 1}
+
+
+def test_recorder_records_under_autocast_and_keyword_arguments():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(8, 8), nn.SiLU()
+
+        def forward(self, x):
+            return self.act(input=self.linear(x))
+
+    model = Keyword()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = record(copy.deepcopy(model), normal(64, 8))
+    assert result["rho"] == pytest.approx(record(model, normal(64, 8))["rho"], rel=0.02)
