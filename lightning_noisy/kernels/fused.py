@@ -110,7 +110,7 @@ def fused_function(function: object) -> FusedFunction | None:
     if isinstance(function, nn.Module):
         make = _MODULES.get(type(function))
         return make(function) if make else None
-    return next((function for known, function in _FUNCTIONS if known is function), None)
+    return next((fast for known, fast in _FUNCTIONS if known is function), None)
 
 
 def takes(x: Tensor) -> bool:
