@@ -48,9 +48,9 @@ def add_gradient_noise(
     accumulation, and after the backward pass in a closure. Element i of a parameter's noise is a function of
     (``seed``, ``stream``, the parameter's name, t, i) and of nothing else: the same on one process and under any
     sharding, which draws just its share; global random states are neither used nor changed. A parameter without a
-    gradient gets no noise, and a step without any gradient doesn't count. The noise stays in ``parameter.grad``: another
-    step before ``zero_grad`` adds its own to it. A parameter group with a key ``"noise_scale"`` (float, >= 0) has σ
-    multiplied by it.
+    gradient gets no noise, and a step without any gradient doesn't count. The noise stays in ``parameter.grad``:
+    another step before ``zero_grad`` adds its own to it. A parameter group with a key ``"noise_scale"`` (float, >= 0)
+    has σ multiplied by it.
 
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
