@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_noisy.callbacks import _checkpoints
+from lightning_noisy.callbacks._horizon import resolved
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
@@ -22,7 +25,7 @@ from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.policy import Policy, Replacement
 from lightning_noisy.replacement.replace import swap
 from lightning_noisy.replacement.sites import ActivationSite
-from lightning_noisy.schedules import BaseSchedule, Schedule
+from lightning_noisy.schedules import Schedule
 
 __all__ = ["ActivationReplacement"]
 
@@ -50,8 +53,9 @@ class ActivationReplacement(pl.Callback):
     Args:
         to: what to replace them with; see :func:`lightning_noisy.replace_activations`, also for the options that are
             not named here.
-        noise: c of all noisy activations as a function of the optimizer's step or the epoch, such as
-            ``schedules.Linear(30.0, end=0.5)``; ``steps="auto"`` becomes the length of the training. None: c stays.
+        noise: c of all noisy activations as a function of the optimizer's step (in manual optimization of the batch)
+            or the epoch, such as ``schedules.Linear(30.0, end=0.5)``; ``steps="auto"`` becomes the length of the
+            training. None: c stays.
         interval: ``"step"`` or ``"epoch"``.
         example_inputs: see :func:`lightning_noisy.replace_activations`; by default the model's ``example_input_array``.
 
@@ -95,6 +99,7 @@ class ActivationReplacement(pl.Callback):
         self.example_inputs = example_inputs
         self._suffix = ""  # of the tag
         self._own: list[weakref.ref[torch.nn.Module]] = []  # what is in the places of this instance
+        self._fresh: list[weakref.ref[torch.nn.Module]] = []  # what it has put there since the last fit
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
@@ -119,49 +124,80 @@ class ActivationReplacement(pl.Callback):
                     f"{type(callback).__name__} has copied the model before its activations are replaced. Put"
                     " ActivationReplacement before it in the list of callbacks."
                 )
+        if any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "StochasticWeightAveraging refreshes the running statistics of batch norms alone. For normalized"
+                " activations run one pass over the training data in training mode after the fit, without steps."
+            )
         if is_overridden("configure_model", pl_module):
-            self._follow_configure_model(trainer, pl_module)
+            self._follow(trainer, pl_module, "configure_model")
+        elif is_overridden("setup", pl_module):  # which may make layers, too, after callbacks have copied the model
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")
+                self._replace(trainer, pl_module)
+            self._follow(trainer, pl_module, "setup")
         else:
             self._replace(trainer, pl_module)
+            self._check_noise(trainer, pl_module)
 
-    def _follow_configure_model(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Swap right after the model's own ``configure_model``, which comes after ``setup``."""
-        inner = pl_module.__dict__.get("configure_model")  # such as another instance's
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str) -> None:
+        """Swap right after a hook of the model's own that makes layers."""
+        inner = pl_module.__dict__.get(hook)  # such as another instance's
 
-        @functools.wraps(pl_module.configure_model)
-        def configure_model() -> None:
+        @functools.wraps(getattr(pl_module, hook))
+        def followed(*arguments: Any, **options: Any) -> None:
             self._unfollow(pl_module)
-            pl_module.configure_model()
+            getattr(pl_module, hook)(*arguments, **options)
             self._replace(trainer, pl_module)
+            self._check_noise(trainer, pl_module)
 
-        configure_model.of_replacement = inner  # type: ignore[attr-defined]
-        pl_module.__dict__["configure_model"] = configure_model
+        followed.of_replacement = inner  # type: ignore[attr-defined]
+        pl_module.__dict__[hook] = followed
 
     @staticmethod
     def _unfollow(pl_module: pl.LightningModule) -> bool:
-        """Take the outermost instance's ``configure_model`` off the model; whether there was one."""
-        present: Any = pl_module.__dict__.get("configure_model")
-        if not hasattr(present, "of_replacement"):
-            return False
-        if present.of_replacement is None:
-            del pl_module.__dict__["configure_model"]
-        else:
-            pl_module.__dict__["configure_model"] = present.of_replacement
-        return True
+        """Take the outermost instance's hook off the model; whether there was one."""
+        for hook in ("configure_model", "setup"):
+            present: Any = pl_module.__dict__.get(hook)
+            if hasattr(present, "of_replacement"):
+                if present.of_replacement is None:
+                    del pl_module.__dict__[hook]
+                else:
+                    pl_module.__dict__[hook] = present.of_replacement
+                return True
+        return False
 
     def _replace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        new = {each() for callback in _instances(trainer) for each in callback._own}  # has learned nothing yet
-        named = [(path, each) for path, each in pl_module.named_modules() if Origin.of(each) and each not in new]
-        before = {path: each for path, each in named if each.state_dict()}
-        self._own = [weakref.ref(each) for each in swap(pl_module, self.policy, self.example_inputs)[1]]
+        instances = _instances(trainer)
+        later = [each.policy.call for each in instances[instances.index(self) + 1 :]] if self in instances else []
+        fresh = {each() for callback in instances for each in callback._fresh}  # has learned nothing yet
+        before = dict(pl_module.named_modules())
+        own = swap(pl_module, self.policy, self.example_inputs, later=later)[1]
+        self._own = [weakref.ref(each) for each in own]
+        made = set(own) - set(before.values())
+        self._fresh += [weakref.ref(each) for each in made]
         self._replaced = weakref.ref(pl_module)
+        if made and getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+            raise MisconfigurationException(
+                "The Trainer starts processes that train copies of the model, and swaps the activations there: those of"
+                " the model itself, which gets the trained weights, would be the plain ones. Call"
+                f" replace_activations(model, {self.to!r}) before fit, and leave out ActivationReplacement; or use"
+                ' strategy="ddp".'
+            )
         present = set(pl_module.modules())
-        if gone := [path for path, each in before.items() if each not in present]:
+        dropped = [
+            path
+            for path, each in before.items()
+            if each not in present and each not in fresh and Origin.of(each) is not None and each.state_dict()
+        ]
+        if dropped:
             rank_zero_warn(
-                f"{', '.join(gone)} had been replaced before, by something else than {self.to!r}: what was learned"
+                f"{', '.join(dropped)} had been replaced before, by something else than {self.to!r}: what was learned"
                 " there is dropped. Pass the same `to` as before to keep it."
             )
         _checkpoints.mark(pl_module)
+
+    def _check_noise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.noise is not None and not self._annealed(trainer, pl_module):
             raise MisconfigurationException(
                 f"noise={self.noise!r} anneals c of noisy activations, and the model has none after the replacement by"
@@ -177,29 +213,40 @@ class ActivationReplacement(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the training is."""
-        self._schedule = self.noise
         if self.noise is not None:
+            self._schedule = resolved(self.noise, trainer, of_epochs=self.interval == "epoch")
             self._noisy = self._annealed(trainer, pl_module)
             annealing = [callback for callback in _instances(trainer) if callback.noise is not None]
             self._suffix = f"/noise{annealing.index(self)}" if len(annealing) > 1 else ""
-        if isinstance(self.noise, BaseSchedule) and self.noise.is_open:
-            total = trainer.estimated_stepping_batches if self.interval == "step" else trainer.max_epochs
-            if total is None or not 0 < total < float("inf"):
-                raise MisconfigurationException(
-                    f"{self.noise} needs to know how long the training is. Give it a number of steps, or set max_steps"
-                    " or max_epochs of the Trainer."
-                )
-            self._schedule = self.noise.resolved(int(total))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Set c for this step."""
         self._steps = trainer.global_step
         if self._schedule is not None:
-            c = float(self._schedule(trainer.global_step if self.interval == "step" else trainer.current_epoch))
-            if c != self._c or any(module.c.item() != c for module in self._noisy[:1]):
-                for module in self._noisy:
-                    module.c.fill_(c)
-            self._c = c
+            step = trainer.current_epoch
+            if self.interval == "step":  # in manual optimization global_step counts the steps of all optimizers
+                step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
+            self._c = float(self._schedule(step))
+            if not 0 <= self._c < float("inf"):
+                raise ValueError(f"c must be a finite number >= 0, and noise={self.noise!r} gives {self._c} at {step}.")
+            self._set_c()
+
+    def _set_c(self) -> None:
+        c = self._c
+        for module in self._noisy:
+            if c is not None and module.c.item() != c:
+                module.c.fill_(c)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Undo what averaging weights does to c, a buffer."""
+        if batch_idx == 0:
+            self._set_c()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undo what averaging weights does to c, a buffer."""
+        self._set_c()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Pool the statistics of activations with ``synchronized=True`` after an optimizer step, and log c."""
@@ -211,16 +258,20 @@ class ActivationReplacement(pl.Callback):
             log_scalars(trainer, {f"activation_noise/c{self._suffix}": self._c}, step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave ``configure_model`` as it was, if it was never called."""
+        """Leave the model's hooks as they were, if they were never called."""
         while self._unfollow(pl_module):
             pass
-        self._noisy = []
+        self._noisy, self._fresh, self._schedule, self._c = [], [], None, None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the model's hooks as they were."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say what was replaced with what."""
-        _checkpoints.describe(pl_module, checkpoint)
+        _checkpoints.add_replacements(pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -229,7 +280,7 @@ class ActivationReplacement(pl.Callback):
         _checkpoints.check(pl_module, checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": []}
+        return {**self.__dict__, "_replaced": None, "_noisy": [], "_own": [], "_fresh": []}
 
     def _is_done(self, pl_module: pl.LightningModule) -> bool:
         return self._replaced is not None and self._replaced() is pl_module

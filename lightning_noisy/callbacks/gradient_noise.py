@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_noisy.callbacks._horizon import resolved
 from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
 from lightning_noisy.callbacks._noise_watch import NoiseWatch
 from lightning_noisy.callbacks._noisy_optimizers import Attached, NoisyOptimizers
@@ -30,7 +31,7 @@ from lightning_noisy.gradient_noise.handle import (
 )
 from lightning_noisy.gradient_noise.norms import total_norm
 from lightning_noisy.kernels.gaussian import plain
-from lightning_noisy.schedules import BaseSchedule, InverseDecay, Schedule, check_schedule
+from lightning_noisy.schedules import InverseDecay, Schedule, check_schedule
 
 __all__ = ["GradientNoise"]
 
@@ -190,7 +191,7 @@ class GradientNoise(pl.Callback):
         if seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbits(32))
         seed = trainer.strategy.broadcast(seed)  # ranks may have been seeded differently, for their data
-        schedule = self._resolved_schedule(trainer)
+        schedule = resolved(self.schedule, trainer)
         # A name is quoted, so that it is nobody's number. A later fit of the Trainer has another noise.
         stream = repr(self.name) if self.name else str(self._instance)
         later = f"@{trainer.global_step}" if trainer.global_step else ""
@@ -230,21 +231,6 @@ class GradientNoise(pl.Callback):
         if self.params is not None and not any(each.handle.parameters() for each in self._handles) and self._handles:
             rank_zero_warn(f"params={self.params!r} chooses none of the optimizers' parameters: there is no noise.")
         self._log_seed(trainer)
-
-    def _resolved_schedule(self, trainer: pl.Trainer) -> Schedule:
-        """The schedule with the length of the training, if it needs that."""
-        schedule = self.schedule
-        if not (isinstance(schedule, BaseSchedule) and schedule.is_open):
-            return schedule
-        total = trainer.estimated_stepping_batches
-        if total == trainer.max_steps:
-            total /= len(trainer.optimizers) or 1  # Lightning counts the steps of all
-        if total == float("inf"):
-            raise MisconfigurationException(
-                f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
-                " max_epochs of the Trainer."
-            )
-        return schedule.resolved(int(total))
 
     def _follow(self, trainer: pl.Trainer) -> None:
         """Attach the noise to the Trainer's present optimizers."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from unittest.mock import patch
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_noisy.callbacks._checkpoints import set_noise
+from lightning_noisy.callbacks import _checkpoints
 from lightning_noisy.replacement.policy import Policy, Replacement
-from lightning_noisy.replacement.record import KEY, Record, saved_replacements
+from lightning_noisy.replacement.record import difference, replaced_in, saved_sites
 from lightning_noisy.replacement.replace import swap
 
 __all__ = ["load_replaced"]
@@ -28,12 +30,13 @@ _OPTIONS = [each.name for each in fields(Policy) if each.name != "to"]
 
 def load_replaced(
     cls: type[_Model],
-    checkpoint_path: str | Path,
+    checkpoint_path: str | Path | IO[bytes],
     *,
     to: Replacement | None = None,
     options: Mapping[str, Any] | None = None,
     example_inputs: Any = None,
     map_location: Any = None,
+    strict: bool | None = None,
     weights_only: bool = True,
     **arguments: Any,
 ) -> _Model:
@@ -48,13 +51,14 @@ def load_replaced(
 
     Args:
         cls: class of the model.
-        checkpoint_path: what a Trainer has written, also with ``save_weights_only=True``.
+        checkpoint_path: what a Trainer has written, also with ``save_weights_only=True``: path, URL or open file.
         to: what the activations were replaced with; only needed if that was a class or a function of your own, or if
             the checkpoint doesn't say it.
         options: with ``to``, the options that :func:`~lightning_noisy.replace_activations` had, such as
             ``{"gates": True}``; by default the places are those of the checkpoint.
         example_inputs: as they were given to the callback or the function, if they were.
         map_location: see ``torch.load``.
+        strict: whether the weights must fit exactly; by default as the model's ``strict_loading`` says.
         weights_only: see ``torch.load``.
         arguments: of the model, in place of its hyperparameters in the checkpoint.
 
@@ -69,13 +73,14 @@ def load_replaced(
     _check_arguments(cls, arguments, options)
     if options is not None and to is None:
         raise ValueError(f"options say how activations were replaced by to=, and it is missing; got {dict(options)!r}.")
-    checkpoint = torch.load(checkpoint_path, map_location="meta", weights_only=weights_only)  # without its values
-    saved: dict[str, Any] = checkpoint.get(KEY) or saved_replacements(checkpoint["state_dict"])
-    if to is None and not saved and KEY not in checkpoint:
+    checkpoint = _read(checkpoint_path, weights_only)
+    saved = _checkpoints.replacements_of(checkpoint)
+    if to is None and saved is None:
         raise ValueError(
             f"{checkpoint_path} was written without ActivationReplacement. Use {cls.__name__}.load_from_checkpoint; or"
             " pass what its model's activations were replaced with as to=."
         )
+    saved = saved or {}
     steps = [("", Policy(to, **(options or {})))] if to and (options or not saved) else _steps(saved, to)
 
     def prepare(model: pl.LightningModule) -> None:
@@ -85,29 +90,29 @@ def load_replaced(
                 warnings.filterwarnings("ignore", message="replace_activations.* left what it could not look into")
             for path, policy in steps:
                 swap(model.get_submodule(path), policy, example_inputs)
-        for path, what in saved.items():
-            within = model.get_submodule(path)
-            record = Record.of(within)
-            if absent := sorted(set(what["sites"]) - set(record.sites)):
-                raise ValueError(
-                    f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the arguments,"
-                    " and the example_inputs, that the model and the replacement had."
-                )
-            if model.strict_loading and (difference := record.difference(within, what)):
-                raise ValueError(difference)
+        there, present = saved_sites(saved), replaced_in(model)
+        if absent := sorted({*there} - {*present}):
+            raise ValueError(
+                f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the arguments,"
+                " and the example_inputs, that the model and the replacement had."
+            )
+        if saved and model.strict_loading and (text := difference(model, there)):
+            raise ValueError(text)
 
     # Lightning 2.5.0 doesn't know it, and would pass it to the model.
     known = inspect.signature(cls.load_from_checkpoint).parameters
     safe: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in known else {}
     try:
         with _before_its_state(cls, prepare):
-            model = cls.load_from_checkpoint(checkpoint_path, map_location=map_location, **safe, **arguments)
+            model = cls.load_from_checkpoint(
+                checkpoint_path, map_location=map_location, strict=strict, **safe, **arguments
+            )
     except _UnfitError as unfit:
         raise ValueError(
             f"The weights don't fit {cls.__name__} with its activations replaced by {_said(to, steps)}. Pass to=,"
             f" options=, example_inputs= and the model's arguments as they were when it was trained. {unfit}"
         ) from unfit.__cause__
-    set_noise(model, checkpoint)
+    _checkpoints.set_noise(model, checkpoint)
     return model
 
 
@@ -127,7 +132,7 @@ def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], No
 
     @functools.wraps(original)
     def load_state_dict(self: pl.LightningModule, *arguments: Any, **options: Any) -> Any:
-        if prepared or not isinstance(self, pl.LightningModule):
+        if prepared or _is_within_a_model():
             return original(self, *arguments, **options)
         prepared.append(self)
         prepare(self)
@@ -138,6 +143,27 @@ def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], No
 
     with patch.object(cls, "load_state_dict", load_state_dict):
         yield
+
+
+def _is_within_a_model() -> bool:
+    """Whether a model's own code is calling, such as one that loads its teacher while it is made."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code is not load_replaced.__code__:
+        is_models = frame.f_code.co_name in ("__init__", "configure_model", "on_load_checkpoint")
+        if is_models and isinstance(next(iter(frame.f_locals.values()), None), torch.nn.Module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _read(path: str | Path | IO[bytes], weights_only: bool) -> dict[str, Any]:
+    """A checkpoint without the values of its tensors."""
+    if isinstance(path, (str, Path)):
+        with get_filesystem(path).open(str(path), "rb") as file:
+            return torch.load(file, map_location="meta", weights_only=weights_only)  # type: ignore[no-any-return]
+    checkpoint: dict[str, Any] = torch.load(path, map_location="meta", weights_only=weights_only)
+    path.seek(0)
+    return checkpoint
 
 
 def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any], options: Any) -> None:
@@ -156,7 +182,7 @@ def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any]
 
 def _steps(saved: Mapping[str, Any], to: Replacement | None) -> list[tuple[str, Policy]]:
     """The replacements of a checkpoint in their order, each for the module at its path."""
-    calls = [(path, call) for path, what in saved.items() for call in what["history"]]
+    calls = [(path, call) for path, what in saved.items() for call in what.get("history", [])]
     unknown = [call for _, call in calls if call["to"] is None]
     wanted = unknown if len(calls) > 1 else [call for _, call in calls]
     if unknown and to is None:

@@ -203,6 +203,12 @@ def check_spec(spec: str) -> None:
             raise ValueError(f"{spec!r} can't be made: {error}") from error
 
 
+def options_of(spec: object) -> str:
+    """The options of a registered name in a normal form; empty for all else, whose modules show their options."""
+    name, options = parse(spec) if isinstance(spec, str) else ("", {})
+    return ", ".join(f"{key}={options[key]!r}" for key in sorted(options)) if name in REGISTERED else ""
+
+
 def _options(name: str) -> list[str] | None:
     """The options that a name may have, or None if that isn't known."""
     if name in REGISTERED:

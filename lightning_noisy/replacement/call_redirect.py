@@ -99,7 +99,7 @@ def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> N
         mentioned = {name for method in (*ENTRIES, *(each[0] for each in sent)) for name in _names_in(cls, method)}
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
             raise UnreadError("it goes through its children, and would meet the new ones")
-    owner.__class__ = _written(cls, tuple(sent)) if sent else cls  # type: ignore[arg-type]
+    owner.__class__ = _written(cls, tuple(sent)) if sent else cls
     if modules:
         owner.add_module(NAME, CallSites(modules).train(owner.training))
     else:
@@ -114,10 +114,13 @@ def _names_in(cls: type, name: str) -> set[str]:
     return set(method.__code__.co_names) if method else set()
 
 
-@functools.cache
 def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
-    """The class with its calls sent."""
+    """The class with its calls sent; the same one for the same, as long as that is in use."""
+    for known in cls.__subclasses__():
+        if known.__dict__.get("_sent_calls") == sent:
+            return known
     namespace: dict[str, Any] = {
+        "_sent_calls": sent,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
@@ -138,7 +141,7 @@ def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
 
 def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
     """An empty module of the written class, for copy and pickle."""
-    written = _written(cls, sent)  # type: ignore[arg-type]
+    written = _written(cls, sent)
     return written.__new__(written)
 
 

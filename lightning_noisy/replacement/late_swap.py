@@ -33,7 +33,7 @@ def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 class _Look:
-    """One look at an optimizer, after its first step."""
+    """One look at an optimizer, after its first step at which the new parameters have gradients."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, new: Iterable[nn.Parameter]) -> None:
         self.model = weakref.ref(model)
@@ -42,7 +42,7 @@ class _Look:
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         model = self.model()
-        if torch.compiler.is_compiling() or model is None or not self.new:
+        if torch.compiler.is_compiling() or model is None or all(each.grad is None for each in self.new):
             return
         untrained = set(self.new) - _trained(_optimizers())
         self.new.clear()

@@ -35,6 +35,8 @@ class Origin:
         to: fingerprint of ``to``.
         new: fingerprint of what ``to`` says for the place.
         site: name of the place.
+        written: what ``to`` says for the place, as a user would write it.
+        options: of a registered name, which its class may not show.
         folded: whether its normalization is in the next layer's weights.
     """
 
@@ -42,6 +44,8 @@ class Origin:
     to: str
     new: str
     site: str
+    written: str
+    options: str = ""
     folded: bool = False
 
     _attribute = "_activation_origin"
@@ -50,11 +54,6 @@ class Origin:
     def of(cls, module: nn.Module | None) -> Origin | None:
         """The origin of a module, or None if it is none of a replacement's."""
         return None if module is None else module.__dict__.get(cls._attribute)
-
-    @classmethod
-    def folded_in(cls, model: nn.Module) -> dict[str, str]:
-        """The modules of a model whose normalization is in the next layers: names of their places by their paths."""
-        return {path: o.site for path, each in model.named_modules() if (o := cls.of(each)) is not None and o.folded}
 
     def leave(self, module: nn.Module) -> None:
         """Note it on a module."""
@@ -68,14 +67,20 @@ def fingerprint(thing: Any, _known: dict[int, tuple[Any, str]] | None = None) ->
     modules by class, options and children, of the user's own classes without the children, which may be what is
     replaced; tensors by value; other objects by class and attributes.
     """
-    if isinstance(thing, (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)):
+    if isinstance(thing, (str, int, float, complex, type(None), torch.dtype, torch.device)):
         return repr(thing)
+    if isinstance(thing, bytes):
+        return _digest(thing)
     known = {} if _known is None else _known
     if id(thing) not in known:
         known[id(thing)] = thing, "..."  # where it is inside itself, as a recursive function
         parts = _parts(thing, functools.partial(fingerprint, _known=known))
-        known[id(thing)] = thing, hashlib.sha256(repr(parts).encode()).hexdigest()
+        known[id(thing)] = thing, _digest(repr(parts).encode())
     return known[id(thing)][1]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _parts(thing: Any, inside: Callable[[Any], str]) -> Any:
@@ -104,13 +109,14 @@ def _parts(thing: Any, inside: Callable[[Any], str]) -> Any:
         return "class", thing.__module__, thing.__qualname__, inside(methods)
     if isinstance(thing, torch.Tensor):
         flat = thing.detach().reshape(-1).view(torch.uint8)
-        return "tensor", str(thing.dtype), tuple(thing.shape), None if thing.is_meta else flat.cpu().numpy().tobytes()
+        values = b"" if thing.is_meta else flat.cpu().numpy().tobytes()
+        return "tensor", str(thing.dtype), tuple(thing.shape), inside(values)
     if isinstance(thing, nn.Module):
         options = {name: each for name, each in vars(thing).items() if name[:1] != "_" and name != "training"}
         children = thing._modules if _is_library(type(thing).__module__) else {}
         return inside(type(thing)), inside(options), inside(children)
     if hasattr(thing, "tobytes") and hasattr(thing, "shape"):
-        return "array", str(thing.dtype), thing.shape, thing.tobytes()
+        return "array", str(thing.dtype), thing.shape, inside(thing.tobytes())
     if isinstance(thing, (types.BuiltinFunctionType, types.ModuleType)) or not hasattr(thing, "__dict__"):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(thing))
     return inside(type(thing)), inside(vars(thing))
@@ -131,13 +137,18 @@ def _globals(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tuple[s
             yield from _globals(each, names)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 4) -> bool:
     """Whether a global is data, a function or a class; others may be anything, and change while they are used."""
+    if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.FunctionType, functools.partial)):
+        return True
     if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    return isinstance(value, (str, bytes, int, float, complex, type(None), type, types.FunctionType, functools.partial))
+        parts = list(value)
+    elif isinstance(value, Mapping):
+        parts = list(value.values())
+    else:  # such as a namespace of options
+        parts = list(getattr(value, "__dict__", {}).values()) or [object]
+        depth = 0 if isinstance(value, (nn.Module, types.ModuleType)) or not hasattr(value, "__dict__") else depth
+    return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
 
 
 def _is_library(module: str | None) -> bool:

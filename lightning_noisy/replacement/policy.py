@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -97,11 +97,17 @@ class Policy:
         """Fingerprint of ``to``."""
         return fingerprint(self.to)
 
-    def chosen(self, model: nn.Module, sites: ActivationSites) -> dict[str, New | None]:
-        """By the names of the sites what they are replaced with; None where this very policy has done it already."""
+    def chosen(self, model: nn.Module, sites: ActivationSites, later: Collection[str] = ()) -> dict[str, New | None]:
+        """By the names of the sites what they are replaced with; None where this very policy has done it already.
+
+        Those that are there by a policy whose ``call`` is in ``later`` stay.
+        """
         chosen: dict[str, New | None] = {}
         for site in sites:
-            if (origin := _origin(model, site)) is not None and origin.call == self.call:
+            origin = _origin(model, site)
+            if origin is not None and origin.call in later:
+                continue
+            if origin is not None and origin.call == self.call:
                 chosen[site.name] = None
             elif (new := self.choose(site)) is not None:
                 chosen[site.name] = new

@@ -7,14 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_noisy.nn import registry
 from lightning_noisy.replacement.call_finder import NAME
 from lightning_noisy.replacement.call_redirect import CallSites, send_calls
-from lightning_noisy.replacement.origin import Origin, computes, written
-from lightning_noisy.replacement.policy import New, Policy
+from lightning_noisy.replacement.origin import Origin, computes
+from lightning_noisy.replacement.policy import Policy
 
-__all__ = ["KEY", "MARKER", "Record", "records_of", "saved_replacements"]
+__all__ = [
+    "KEY",
+    "MARKER",
+    "Record",
+    "describe",
+    "difference",
+    "folded_in",
+    "records_of",
+    "replaced_in",
+    "saved_replacements",
+    "saved_sites",
+]
 
 # Under this key the metadata of a state_dict says what was replaced, as the version of a module is there.
 KEY = "lightning_noisy.activations"
@@ -38,7 +49,6 @@ class Record:
     """What was in the places before the first replacement; a plain attribute of the model, copied with it.
 
     Attributes:
-        sites: by the name of a place what it was replaced with, and what that computes.
         history: the replacements in their order, each what :func:`replace_activations` needs to do it again.
     """
 
@@ -49,7 +59,6 @@ class Record:
         self._attributes: dict[tuple[str, str], Any] = {}
         self._hooks: list[Any] = []
         self._new: list[Any] = []
-        self.sites: dict[str, tuple[str, str]] = {}
         self.history: list[dict[str, Any]] = []
 
     @classmethod
@@ -68,17 +77,18 @@ class Record:
     def __copy__(self) -> Record:
         other = Record()
         other._modules, other._attributes = dict(self._modules), dict(self._attributes)
-        other._hooks, other.sites, other.history = list(self._hooks), dict(self.sites), list(self.history)
+        other._hooks, other.history = list(self._hooks), list(self.history)
         return other
 
-    def add(self, made: Mapping[str, nn.Module], policy: Policy, news: Mapping[str, New | None]) -> None:
+    def add(self, made: Mapping[str, nn.Module], policy: Policy) -> None:
         """Note what a call of ``replace_activations`` has put where."""
         to = policy.to
         names = isinstance(to, str) or (isinstance(to, Mapping) and all(isinstance(new, str) for new in to.values()))
         plain = (dict(to) if isinstance(to, Mapping) else to) if names else None
         options = {"batchnorm_affine": policy.batchnorm_affine, "buffer_batchnorm": policy.buffer_batchnorm}
         self.history.append({"to": plain, "sites": list(made), "options": options})
-        self.sites.update({name: (written(news[name]), _computes(module, news[name])) for name, module in made.items()})
+        for module in made.values():
+            module.register_load_state_dict_pre_hook(_drop_marker)
 
     def keep(self, model: nn.Module) -> None:
         """Leave the record with the model."""
@@ -87,32 +97,11 @@ class Record:
             self.add_hook(model.register_load_state_dict_pre_hook(_load))
         model.__dict__[self._attribute] = self
 
-    def saved(self, model: nn.Module) -> dict[str, Any]:
-        """What was replaced with what, as plain data; what was folded since is plain again."""
-        folded = Origin.folded_in(model).values()
+    def saved(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The history as plain data; what was folded since is plain again."""
+        folded = {origin.site for _, origin in folded_in(model)}
         history = [{**each, "sites": [name for name in each["sites"] if name not in folded]} for each in self.history]
-        sites = {name: list(what) for name, what in self.sites.items() if name not in folded}
-        return {"history": [each for each in history if each["sites"]], "sites": sites}
-
-    def difference(self, model: nn.Module, saved: Mapping[str, Any]) -> str:
-        """What is otherwise than in the model that was saved, as an error says it; empty if nothing is."""
-        there: Mapping[str, Sequence[str]] = saved["sites"]
-        present: Mapping[str, Sequence[str]] = self.saved(model)["sites"]
-        lines = []
-        for name in sorted({*there, *present}):
-            what, here = there.get(name), present.get(name)
-            if what is None or here is None or what[1] != here[1]:
-                lines.append(f"{name or '(root)'}: {_named(what)} in the checkpoint, {_named(here)} in this model")
-        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
-        if not lines:
-            return ""
-        return "\n    ".join([
-            "The activations were replaced otherwise in the model that was saved:",
-            *lines[:10],
-            *more,
-            "Replace them as they were there. What fits is loaded with strict=False, by a Trainer with"
-            " strict_loading = False of the model.",
-        ])  # fmt: skip
+        return [each for each in history if each["sites"]]
 
     def set_module(self, model: nn.Module, owner: str, key: str, module: nn.Module) -> None:
         """Register a child, in place of what has its name."""
@@ -146,7 +135,7 @@ class Record:
                 f"The class of {', '.join(changed)} was extended after its activations were replaced, as by a"
                 " parametrization. Take that off first."
             )
-        if folded := Origin.folded_in(model):
+        if folded := [path for path, _ in folded_in(model)]:
             raise ValueError(
                 f"fold_normalization has put the normalization of {', '.join(folded)} into the weights of the next"
                 " layers, which don't suit the activations of before any more. Restore before folding, or a copy."
@@ -159,9 +148,11 @@ class Record:
             within = model.get_submodule(owner)
             if isinstance(before, nn.Module):
                 present = within._modules[key]
-                like = next((each for each in present.parameters()), None) if present is not None else None
-                if like is not None:
-                    before.to(like.device, like.dtype if like.is_floating_point() else None)
+                values = [] if present is None else [*present.parameters(), *present.buffers()]
+                if (like := next((each for each in values if each.is_floating_point()), None)) is not None:
+                    before.to(like.device, like.dtype)
+                if isinstance(present, _BatchNorm) and isinstance(before, _BatchNorm):  # the one without weights
+                    before._buffers.update(present._buffers)
                 within._modules[key] = before.train(within.training)
             else:
                 within._modules.pop(key, None)
@@ -180,26 +171,85 @@ def records_of(model: nn.Module) -> dict[str, Record]:
     return {path: module.__dict__[attribute] for path, module in model.named_modules() if attribute in module.__dict__}
 
 
-def saved_replacements(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """What a state_dict says of the replacements in its model, by the paths of their records."""
-    metadata: Mapping[str, Any] = getattr(state_dict, "_metadata", {})
+def folded_in(model: nn.Module) -> list[tuple[str, Origin]]:
+    """The modules of a model whose normalization is in the next layers, with their paths."""
+    origins = ((path, Origin.of(module)) for path, module in model.named_modules())
+    return [(path, origin) for path, origin in origins if origin is not None and origin.folded]
+
+
+def replaced_in(model: nn.Module) -> dict[str, list[str]]:
+    """By the paths of the replacements in a model, whoever made them, as what it was written and what it computes."""
+    origins = ((path, module, Origin.of(module)) for path, module in model.named_modules())
+    return {
+        path: [origin.written, computes(module) + (f" with {origin.options}" if origin.options else "")]
+        for path, module, origin in origins
+        if origin is not None and not origin.folded
+    }
+
+
+def describe(model: nn.Module, metadata: dict[str, dict[str, Any]], prefix: str = "") -> None:
+    """Add what was replaced with what to the metadata of a state_dict.
+
+    Each module has what is below it, so that it can be compared by whichever of them was passed to
+    ``replace_activations`` in the model that loads it.
+    """
+    for path, what in replaced_in(model).items():
+        names = path.split(".")
+        for depth in range(len(names)):
+            around = metadata.setdefault((prefix + ".".join(names[:depth])).rstrip("."), {})
+            around.setdefault(KEY, {}).setdefault("sites", {})[".".join(names[depth:])] = what
+    for path, record in records_of(model).items():
+        metadata.setdefault((prefix + path).rstrip("."), {}).setdefault(KEY, {})["history"] = record.saved(
+            model.get_submodule(path)
+        )
+
+
+def saved_replacements(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the metadata of a state_dict says of the replacements in its model, by the paths of modules."""
     return {path: each[KEY] for path, each in metadata.items() if KEY in each}
+
+
+def saved_sites(saved: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """All replacements as in :func:`replaced_in`, of what :func:`saved_replacements` has found."""
+    return {
+        f"{path}.{name}" if path else name: what
+        for path, each in saved.items()
+        for name, what in each.get("sites", {}).items()
+    }
+
+
+def difference(model: nn.Module, there: Mapping[str, Sequence[str]]) -> str:
+    """What is otherwise than in the model that was saved, as an error says it; empty if nothing is.
+
+    Args:
+        model: one with replacements.
+        there: the replacements of the other.
+    """
+    present = replaced_in(model)
+    lines = []
+    for path in sorted({*there, *present}):
+        what, here = there.get(path), present.get(path)
+        if what is None or here is None or what[1] != here[1]:
+            name = path.replace(f".{NAME}.", ":").replace(f"{NAME}.", ":")
+            lines.append(f"{name}: {_named(what)} in the checkpoint, {_named(here)} in this model")
+    more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+    if not lines:
+        return ""
+    return "\n    ".join([
+        "The activations were replaced otherwise in the model that was saved:",
+        *lines[:10],
+        *more,
+        "Replace them as they were there. What fits is loaded with strict=False, by a Trainer with"
+        " strict_loading = False of the model.",
+    ])  # fmt: skip
 
 
 def _named(what: Sequence[str] | None) -> str:
     return f"{what[0]} ({what[1]})" if what is not None else "not replaced"
 
 
-def _computes(module: nn.Module, new: New | None) -> str:
-    """What a new module computes; of registered names the options, too, which their classes may not show."""
-    name, options = registry.parse(new) if isinstance(new, str) else (None, {})
-    if name not in registry.REGISTERED:
-        return computes(module)
-    return f"{computes(module)}: {name}({', '.join(f'{key}={options[key]!r}' for key in sorted(options))})"
-
-
 def _save(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    metadata[KEY] = model.__dict__[Record._attribute].saved(model)
+    describe(model, state_dict._metadata, prefix)  # type: ignore[attr-defined]
 
 
 def _load(
@@ -212,8 +262,12 @@ def _load(
     _unexpected: list[str],
     _errors: list[str],
 ) -> None:
-    state_dict.pop(prefix + MARKER, None)
-    saved = metadata.get(KEY)
-    if saved is not None and (difference := model.__dict__[Record._attribute].difference(model, saved)):
+    # Only the outermost module sees all metadata.
+    saved = saved_replacements({"": metadata} if prefix else getattr(state_dict, "_metadata", {}))
+    if saved and (text := difference(model, saved_sites(saved))):
         # An error unless loading isn't strict, and what torch says first.
-        missing.insert(0, f"\n\n    {difference}\n\n    ")
+        missing.insert(0, f"\n\n    {text}\n\n    ")
+
+
+def _drop_marker(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.pop(prefix + MARKER, None)

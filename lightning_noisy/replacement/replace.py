@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Collection
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +20,7 @@ from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.replacement.batch_norm import buffer, strip
 from lightning_noisy.replacement.install import place
 from lightning_noisy.replacement.late_swap import watch
-from lightning_noisy.replacement.origin import Origin, fingerprint
+from lightning_noisy.replacement.origin import Origin, fingerprint, written
 from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites, activation_sites
@@ -117,14 +118,21 @@ def replace_activations(
     return swap(model, policy, example_inputs)[0]
 
 
-def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[nn.Module, list[nn.Module]]:
-    """Do what :func:`replace_activations` says; also returns what is now in all places that the policy chooses."""
+def swap(
+    model: nn.Module, policy: Policy, example_inputs: Any = None, *, later: Collection[str] = ()
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Do what :func:`replace_activations` says; also returns what is now in all places that the policy chooses.
+
+    ``later`` has the ``Policy.call`` of replacements that come afterwards: what they have put into places stays.
+    """
     _check_replaceable(model)
+    news = policy.call, policy.of_to  # before `to` is called, which may change it
     inside = model._orig_mod if isinstance(model, OptimizedModule) else model
     sites = activation_sites(inside, example_inputs)
     for reason in policy.unmatched(sites):
         warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
-    chosen = policy.chosen(inside, sites)
+    chosen = policy.chosen(inside, sites, later)
+    prints = {name: fingerprint(new) for name, new in chosen.items() if new is not None}
     if not chosen:
         _warn_unchanged(inside, sites, policy.to)
         return model, []
@@ -143,12 +151,13 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
         return there[""], [there[""]]
     made = {site.name: there[site.name] for site in sites if there.get(site.name) not in (None, site.module)}
     if made:
-        _put(inside, sites, made, policy, chosen)
+        _put(inside, sites, made, policy)
         watch(inside, made.values())
     for site in sites:
         if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
             folded = (origin := Origin.of(site.module)) is not None and origin.folded
-            Origin(policy.call, policy.of_to, fingerprint(new), site.name, folded).leave(there[site.name])
+            origin = Origin(*news, prints[site.name], site.name, written(new), registry.options_of(new), folded)
+            origin.leave(there[site.name])
     if made and sites.unresolved:
         warnings.warn(
             f"replace_activations({type(inside).__name__}, {policy.to!r}) left what it could not look into:"
@@ -159,9 +168,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None) -> tuple[
     return model, list(there.values())
 
 
-def _put(
-    model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy, chosen: dict[str, New | None]
-) -> None:
+def _put(model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy) -> None:
     """Put the modules into their places, all or none."""
     snapshot = Snapshot(model)
     record = Record.of(model)
@@ -171,7 +178,7 @@ def _put(
             strip(model, [site for site in sites if site.name in made], record)
         if policy.buffer_batchnorm:
             buffer(model, policy.buffer_batchnorm, record)
-        record.add(made, policy, chosen)
+        record.add(made, policy)
         record.keep(model)
     except BaseException:
         record.remove_new_hooks()
@@ -279,7 +286,7 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
         if isinstance(function, nn.Module):
             if hasattr(function, "inplace"):
                 function.inplace = False  # type: ignore[assignment]
-            for hooks in _HOOKS:  # they are the new module's
+            for hooks in (*_HOOKS, "_load_state_dict_pre_hooks"):  # they are the new module's
                 setattr(function, hooks, type(getattr(function, hooks))())
         return registry.create(name, function=function, **options)
     if isinstance(new, str):
@@ -292,9 +299,15 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
                 f"{new.__name__} can't be made without arguments ({error}). Pass a function that gives them:"
                 f" lambda site: {new.__name__}(...)"
             ) from error
-    made = new(site)
+    hint = f"It is called with the site: write lambda site: ... instead of {new!r}."
+    try:
+        made = new(site)
+    except TypeError as error:
+        raise TypeError(f"The replacement of {site.name!r} could not be made: {error}. {hint}") from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"The replacement of {site.name!r} must be an nn.Module, got {made!r}.")
+    if taken := [name for name, value in vars(made).items() if value is site]:
+        raise TypeError(f"{type(made).__name__} has taken the site for its argument {taken[0]!r}. {hint}")
     return made
 
 

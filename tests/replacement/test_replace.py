@@ -263,7 +263,6 @@ def test_replace_keeps_the_meaning_of_working_in_place(inplace):
     [
         "silu(inplace=True)",
         lambda site: nn.SiLU(inplace=True),
-        functools.partial(nn.LeakyReLU, 0.1),  # of which the second argument, here the site, is `inplace`
         {"relu": lambda site: nn.ELU(inplace=True)},
     ],
 )
@@ -273,6 +272,21 @@ def test_what_an_activation_reads_is_not_changed_by_one_that_works_in_place(to):
     before = x.clone()
     torch.testing.assert_close(model(x), model.linear(model.act(before.clone())) + before)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        (functools.partial(nn.LeakyReLU, 0.1), "LeakyReLU has taken the site for its argument 'inplace'"),
+        (functools.partial(nn.Softplus, 2), "Softplus has taken the site for its argument 'threshold'"),
+        (functools.partial(nn.ELU, alpha=0.3), "multiple values for argument 'alpha'"),
+    ],
+)
+def test_partial_of_a_class_is_refused_with_what_to_write(to, message):
+    model = Residual(inplace=False)
+    with pytest.raises(TypeError, match=f"{message}.* It is called with the site: write lambda site: "):
+        replace_activations(model, to)
+    assert type(model.act) is nn.ReLU
 
 
 def test_replace_refuses_an_in_place_site_for_a_module_that_cannot():
