@@ -56,57 +56,54 @@ def replace_activations(
 ) -> nn.Module:
     """Replace the activations of a model, each by a module of its own, in place.
 
-    Every place of :func:`~lightning_noisy.activation_sites` counts: modules, where they are registered and where they
-    are used again, functions, methods, functions held as attributes, modules built in forward. A place of a module or
-    an attribute has its replacement there; calls in code go to a child ``activation_calls`` of the module whose code it
-    is, whose class is written anew for that. Each replacement takes over training flag, device, hooks and the in-place
-    behaviour; its new parameters have the dtype of their neighbours and need gradients if those do. Either all places
-    are changed or, after an error, none. :func:`restore_activations` undoes it; doing the same twice changes nothing,
-    where functions count as the same by their code, defaults and closure.
+    Every call site of :func:`~lightning_noisy.activation_sites` counts: modules, where they are registered and where
+    they are used again, functions, methods, functions held as attributes, modules built in forward. The replacement of
+    a module or an attribute is registered in its place. Calls in code go to a child ``activation_calls`` of the module
+    whose code it is; the module gets a subclass with a rewritten forward. Each replacement takes over training flag,
+    device, hooks and the in-place behaviour; its new parameters have the dtype of their neighbours, and need gradients
+    if those do. Either all sites are changed or, after an error, none. :func:`restore_activations` undoes it. Doing the
+    same twice changes nothing; functions and objects count as the same by their content.
 
-    Best called in the model's ``__init__``, when its layers are there: its optimizer then has the new parameters, and
-    its checkpoints load as any. Those of a model that was changed from outside load with
-    :func:`lightning_noisy.load_replaced`. A ``state_dict`` says in its metadata what was replaced with what; loading it
-    into a model where that is otherwise is an error, unless ``strict=False``.
+    Best called at the end of the model's ``__init__``: its optimizer then has the new parameters, and its checkpoints
+    load as any. Those of a model that was changed from outside load with :func:`lightning_noisy.load_replaced`. A
+    ``state_dict`` says in its metadata what was replaced with what; loading it into a model with other replacements is
+    an error, unless ``strict=False``.
 
     A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
-    multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or of which it isn't
-    known what follows; and recurrent layers. The noisy names leave functions that don't saturate.
+    multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or whose data flow isn't
+    known; and recurrent layers. The noisy names leave functions that don't saturate.
 
     Args:
-        model: the model, not yet scripted, sharded or wrapped for data parallelism; of a compiled one the module inside
-        is
-            changed, and compiled anew. Make its optimizer afterwards: there are new parameters.
+        model: the model, not yet scripted, sharded or wrapped for data parallelism. Of a compiled one the module inside
+            is changed, and compiled anew. Make its optimizer afterwards: there are new parameters.
         to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a class of modules, made
             without arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain
             functions' names to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: one forward pass then
-            shows what follows what, and how often a loop is passed. Without them what can be traced is used.
+            shows the data flow, and how often a loop is passed. Without them what can be traced is used.
         gates: replace gates, too.
         outputs: replace the sigmoids and the like that are, or may be, an output or a gate, too.
         after_residual: replace those right after the addition of two branches, too. (ANAct's authors leave them.)
         keep_last: so many, called last, stay; >= 0. (3 in the authors' VGG-19.)
         include: only these: a pattern of names such as ``"layer1.*"``, a class of the modules to be replaced, a
-        function
-            from a site to a bool, or a sequence of them, of which one is to match.
+            function from a site to a bool, or a sequence of them, of which one is to match.
         exclude: not these.
-        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced place.
-        Untrained
-            ones, 1 and 0, change nothing; otherwise a warning names what is lost.
+        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced site.
+            Untrained ones, 1 and 0, change nothing; otherwise a warning names what is lost.
         buffer_batchnorm: put a batch norm without weights before the last linear layer, or the one of that name: a
-        child
-            ``buffer`` of it, applied to its input.
+            child ``buffer`` of it, applied to its input.
 
     Returns:
         ``model``, or the replacement if the model itself is an activation module.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``to`` is nothing to replace activations with.
+        TypeError: if ``model`` is not a module, ``to`` is nothing to replace activations with, or an option has another
+            type than it may have.
         ValueError: if a name or an option is unknown, or the model can't be changed any more.
 
     Warns:
-        UserWarning: if nothing was replaced, something could not be looked into, or a pattern matches no activation;
-            at an optimizer's first steps, if it trains everything but the new parameters, since it was made before.
+        UserWarning: if nothing was replaced, something could not be resolved, or a pattern matches no activation;
+            at an optimizer's first step, if it was made before and misses the new parameters.
 
     >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     Sequential(

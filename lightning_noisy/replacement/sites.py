@@ -36,8 +36,7 @@ class ActivationSite:
             ``"layer1.0.relu#2"`` for the second place that calls a module; ``"branch1:relu#0"`` for the first call of a
             ReLU in the code of ``branch1``; ``"@2"`` is added for the second pass of a call in a loop.
         kind: ``"module"``, ``"function"`` (``F.relu(x)``), ``"method"`` (``x.relu()``), ``"attribute"`` (a function
-        that
-            is held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
+            that is held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
         function: plain name of the function, such as ``"relu"``.
         owner: path of the module whose forward makes the call.
         after_residual: whether the input comes straight from the addition of two branches; None where unknown.

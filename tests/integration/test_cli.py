@@ -66,10 +66,10 @@ def test_callbacks_are_made_and_run_from_yaml(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_readme_yaml_runs(tmp_path, monkeypatch):
+def test_yaml_of_the_docs_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs/gradient_noise.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "config.yaml").write_text(text)
     quiet = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
     arguments = ["fit", "--config", str(tmp_path / "config.yaml")]
