@@ -72,7 +72,7 @@ class Call:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, as it was written."""
-    return cast(type[nn.Module], getattr(type(module), "_written_class", type(module)))
+    return cast(type[nn.Module], getattr(type(module), "_original_class", type(module)))
 
 
 def method_of(cls: type, name: str) -> FunctionType | None:

@@ -1,8 +1,8 @@
-"""Sending the calls in a module's own code to modules: its class is written anew from the source.
+"""Redirecting the calls in a module's own code to modules: the module gets a subclass with a rewritten forward.
 
-The class made anew has the module's class as its base, and ``self.activation_calls["relu#0"](x)`` where the source has
-``F.relu(x)``; all else stays as it is written, down to the line numbers of tracebacks. So a call stays with the code
-that makes it: checkpointing repeats it, compilers see it, and nothing is intercepted.
+The subclass has ``self.activation_calls["relu#0"](x)`` where the source has ``F.relu(x)``; all else stays as it is in
+the source, down to the line numbers of tracebacks. So a call stays with the code that makes it: checkpointing repeats
+it, compilers see it, and nothing is intercepted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_noisy.replacement.call_finder import (
 )
 from lightning_noisy.replacement.source import UnreadError, rewritten
 
-__all__ = ["CallSites", "send_calls"]
+__all__ = ["CallSites", "redirect_calls"]
 
 
 class CallSites(nn.ModuleDict):
@@ -69,10 +69,10 @@ class CallSites(nn.ModuleDict):
 
 
 # What to write in the place of a call: method, position, key, child, whether passes are counted.
-_Sent = tuple[str, Position, str, str | None, bool]
+_Redirected = tuple[str, Position, str, str | None, bool]
 
 
-def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
+def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
     """Let the module's code call modules in the place of functions; of a child's first use in a pass, the child.
 
     Args:
@@ -80,26 +80,28 @@ def send_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> N
         calls: each with its modules, one for each pass of it; for a child's first use those of the further passes.
 
     Raises:
-        Unread: if the class can't be written anew.
+        UnreadError: if no subclass can be made.
     """
     modules: dict[str, nn.Module] = {}
-    sent: list[_Sent] = []
+    redirected: list[_Redirected] = []
     for call, of_passes in calls:
         first_is_child = call.key == call.child
         names = [call.key, *(f"{call.key}@{count}" for count in range(2, len(of_passes) + 1 + first_is_child))]
         modules |= dict(zip(names[first_is_child:], of_passes, strict=True))
         if of_passes:
-            sent.append((call.method, call.position, call.key, call.child, len(names) > 1))
+            redirected.append((call.method, call.position, call.key, call.child, len(names) > 1))
     cls = own_class(owner)
-    if cls is not type(owner) and "_written_class" not in type(owner).__dict__:
+    if cls is not type(owner) and "_original_class" not in type(owner).__dict__:
         raise UnreadError("its class was extended after its activations were replaced, as by a parametrization")
-    if sent:
+    if redirected:
         if parametrize.is_parametrized(owner):
             raise UnreadError("it is parametrized")
-        mentioned = {name for method in (*ENTRIES, *(each[0] for each in sent)) for name in _names_in(cls, method)}
+        mentioned = {
+            name for method in (*ENTRIES, *(each[0] for each in redirected)) for name in _names_in(cls, method)
+        }
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
             raise UnreadError("it goes through its children, and would meet the new ones")
-    owner.__class__ = _written(cls, tuple(sent)) if sent else cls
+    owner.__class__ = _subclass(cls, tuple(redirected)) if redirected else cls
     if modules:
         owner.add_module(NAME, CallSites(modules).train(owner.training))
     else:
@@ -114,39 +116,39 @@ def _names_in(cls: type, name: str) -> set[str]:
     return set(method.__code__.co_names) if method else set()
 
 
-def _written(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> type[nn.Module]:
-    """The class with its calls sent; the same one for the same, as long as that is in use."""
+def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type[nn.Module]:
+    """A subclass with its calls redirected; the same one for the same, as long as that is in use."""
     for known in cls.__subclasses__():
-        if known.__dict__.get("_sent_calls") == sent:
+        if known.__dict__.get("_redirected_calls") == redirected:
             return known
     namespace: dict[str, Any] = {
-        "_sent_calls": sent,
+        "_redirected_calls": redirected,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "_written_class": cls,
-        "__reduce_ex__": lambda self, protocol: (_new, (cls, sent), *cls.__reduce_ex__(self, protocol)[2:]),
+        "_original_class": cls,
+        "__reduce_ex__": lambda self, protocol: (_new, (cls, redirected), *cls.__reduce_ex__(self, protocol)[2:]),
     }
-    counted = any(each[-1] for each in sent)
-    for name in {each[0] for each in sent} | (
+    counted = any(each[-1] for each in redirected)
+    for name in {each[0] for each in redirected} | (
         {entry for entry in ENTRIES if method_of(cls, entry)} if counted else set()
     ):
         outermost = inspect.getattr_static(cls, name)
         function = cast(FunctionType, inspect.unwrap(outermost))
-        here = {position: rest for method, position, *rest in sent if method == name}
+        here = {position: rest for method, position, *rest in redirected if method == name}
         written = _write(function, cls, here, restart=counted and name in ENTRIES)
         namespace[name] = _within(outermost, function, written)
-    return cast(type[nn.Module], type(cls)(cls.__name__, (_WrittenBase, cls), namespace))  # type: ignore[misc]
+    return cast(type[nn.Module], type(cls)(cls.__name__, (_RewrittenBase, cls), namespace))  # type: ignore[misc]
 
 
-def _new(cls: type[nn.Module], sent: tuple[_Sent, ...]) -> nn.Module:
-    """An empty module of the written class, for copy and pickle."""
-    written = _written(cls, sent)
+def _new(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> nn.Module:
+    """An empty module of the subclass, for copy and pickle."""
+    written = _subclass(cls, redirected)
     return written.__new__(written)
 
 
-class _WrittenBase:
-    """First base of written classes: keeps them from what the class does when it is extended by its users."""
+class _RewrittenBase:
+    """First base of the subclasses: keeps them from what the class does when it is extended by its users."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
@@ -158,7 +160,7 @@ class _WrittenBase:
         )
 
 
-class _Writer(ast.NodeTransformer):
+class _Rewriter(ast.NodeTransformer):
     def __init__(self, self_name: str, first: int, here: dict[Position, Any]) -> None:
         self.self_name, self.first, self.here = self_name, first, here
         self.used: set[Position] = set()
@@ -186,11 +188,11 @@ class _Writer(ast.NodeTransformer):
 
 
 def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
-    """A method with its calls sent."""
+    """A method with its calls redirected."""
     self_name = function.__code__.co_varnames[0]
 
     def change(tree: ast.FunctionDef, first: int) -> None:
-        writer = _Writer(self_name, first, here)
+        writer = _Rewriter(self_name, first, here)
         writer.visit(tree)
         if writer.used != set(here):
             raise UnreadError("its source is not the one that its calls were found in")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError
-from lightning_noisy.replacement.call_redirect import CallSites, send_calls
+from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
@@ -28,7 +28,7 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
     for site in sites:
         by_owner.setdefault(site.owner, []).append(site)
     for owner, theirs in by_owner.items():
-        _send(model, owner, theirs, made)
+        _redirect(model, owner, theirs, made)
         for site in theirs:
             is_child = site.kind == "attribute" or (site.kind == "module" and _is_first(site))
             if site.name in made and is_child:
@@ -49,7 +49,7 @@ def _is_first(site: ActivationSite) -> bool:
     return site.number == 1 and (site.call is None or site.call.key == site.call.child)
 
 
-def _send(model: nn.Module, path: str, sites: list[ActivationSite], made: Mapping[str, nn.Module]) -> None:
+def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Mapping[str, nn.Module]) -> None:
     """Let the calls of one module's code go to their modules."""
     owner = model.get_submodule(path)
     present = owner._modules.get(NAME)
@@ -72,7 +72,7 @@ def _send(model: nn.Module, path: str, sites: list[ActivationSite], made: Mappin
     if not calls:
         return
     try:
-        send_calls(owner, calls)
+        redirect_calls(owner, calls)
     except UnreadError as reason:
         raise ValueError(
             f"The calls of activations in {type(owner).__name__} can't be replaced: {reason}. Make them modules, or"

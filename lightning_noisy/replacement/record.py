@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_noisy.replacement.call_finder import NAME
-from lightning_noisy.replacement.call_redirect import CallSites, send_calls
+from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.origin import Origin, computes
 from lightning_noisy.replacement.policy import Policy
 
@@ -130,7 +130,7 @@ class Record:
     def undo(self, model: nn.Module) -> None:
         """Put everything back, and forget it."""
         sent = [module for module in model.modules() if isinstance(module._modules.get(NAME), CallSites)]
-        if changed := [type(module).__name__ for module in sent if "_written_class" not in type(module).__dict__]:
+        if changed := [type(module).__name__ for module in sent if "_original_class" not in type(module).__dict__]:
             raise ValueError(
                 f"The class of {', '.join(changed)} was extended after its activations were replaced, as by a"
                 " parametrization. Take that off first."
@@ -141,7 +141,7 @@ class Record:
                 " layers, which don't suit the activations of before any more. Restore before folding, or a copy."
             )
         for module in sent:
-            send_calls(module, [])
+            redirect_calls(module, [])
         for handle in self._hooks:
             handle.remove()
         for (owner, key), before in self._modules.items():

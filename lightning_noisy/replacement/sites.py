@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.nn import registry
 from lightning_noisy.replacement.call_finder import FUNCTIONS, NAME, Call, UnreadError, calls_of, plain_module
-from lightning_noisy.replacement.call_redirect import CallSites, send_calls
+from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.dataflow import Probe, Seen, observe, trace
 from lightning_noisy.replacement.snapshot import Snapshot
 
@@ -126,17 +126,17 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
         return ActivationSites([ActivationSite("", "recurrent", function, "", None, None, None, 0, None, model)])
     snapshot = Snapshot(model)
     names = {module: name for name, module in model.named_modules()}
-    spots = list(_walk(model, "", False, set()))
-    unresolved = [reason for spot in spots for reason in spot.reasons]
+    candidates = list(_walk(model, "", False, set()))
+    unresolved = [reason for each in candidates for reason in each.reasons]
     try:
-        probes = _put_probes(spots, unresolved)
+        probes = _put_probes(candidates, unresolved)
         if example_inputs is None:
             traced = {owner: trace(owner) for owner in dict.fromkeys(probes.values()) if _has_forward(owner)}
             unresolved += [
-                f"{spot.name}: it is in a loop that can't be traced, and would have one module for all passes; pass"
+                f"{each.name}: it is in a loop that can't be traced, and would have one module for all passes; pass"
                 " example_inputs to have one for each"
-                for spot in spots
-                if spot.call and spot.call.in_loop and spot.seen.passes is None and not traced.get(spot.owner)
+                for each in candidates
+                if each.call and each.call.in_loop and each.seen.passes is None and not traced.get(each.owner)
             ]
         else:
             for unseen in observe(model, example_inputs, probes, names):
@@ -145,20 +145,22 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
                     f"{unseen.owner or '(root)'}: {calls} that the source of its class doesn't show, such as in another"
                     " function; make it a module"
                 )
-            idle = [spot for spot in spots if spot.function and spot.kind != "recurrent" and spot.seen.order is None]
+            idle = [
+                each for each in candidates if each.function and each.kind != "recurrent" and each.seen.order is None
+            ]
             if asked:
-                unresolved += [f"{spot.name}: not called with these example inputs" for spot in idle]
-                spots = [spot for spot in spots if spot not in idle]
+                unresolved += [f"{each.name}: not called with these example inputs" for each in idle]
+                candidates = [each for each in candidates if each not in idle]
     finally:
         snapshot.restore()
     unresolved += [
-        f"{spot.name}: called {spot.seen.passes} times in a pass of its owner, from where its source doesn't show; it"
+        f"{each.name}: called {each.seen.passes} times in a pass of its owner, from where its source doesn't show; it"
         " would have one module for all"
-        for spot in spots
-        if spot.function and (spot.seen.passes or 0) > 1 and not (spot.call and spot.call.in_loop)
-        if _has_forward(spot.owner)
+        for each in candidates
+        if each.function and (each.seen.passes or 0) > 1 and not (each.call and each.call.in_loop)
+        if _has_forward(each.owner)
     ]
-    sites = [site for spot in spots for site in spot.sites(names)]
+    sites = [site for candidate in candidates for site in candidate.sites(names)]
     if example_inputs is not None:
         sites.sort(key=lambda site: site.order)
     return ActivationSites(sites, unresolved)
@@ -170,8 +172,8 @@ def registered_activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", model
         return
     there = set(model.modules())
-    for spot in _walk(model, "", False, set()):
-        for site in spot.sites({}):
+    for candidate in _walk(model, "", False, set()):
+        for site in candidate.sites({}):
             if site.module in there and site.kind != "recurrent":
                 assert site.module is not None
                 yield site.name, site.module
@@ -227,7 +229,7 @@ class _SiteCandidate:
 
 
 def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) -> Iterator[_SiteCandidate]:
-    """Spots at and below ``owner``; ``feeds_layer``: owner's output is the input of a next layer."""
+    """Candidates at and below ``owner``; ``feeds_layer``: owner's output is the input of a next layer."""
     seen.add(owner)
     if isinstance(owner, torch.jit.ScriptModule):
         yield _SiteCandidate(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: it is scripted"])
@@ -302,34 +304,34 @@ def _others(sent: dict[str, nn.Module], key: str) -> dict[int, nn.Module]:
     return {int(name.rpartition("@")[2]): module for name, module in sent.items() if name.startswith(f"{key}@")}
 
 
-def _put_probes(spots: list[_SiteCandidate], unresolved: list[str]) -> dict[Probe, nn.Module]:
-    """Let a probe stand at each spot; returns each with its owner."""
+def _put_probes(candidates: list[_SiteCandidate], unresolved: list[str]) -> dict[Probe, nn.Module]:
+    """Let a probe stand at each candidate; returns each with its owner."""
     probes: dict[Probe, nn.Module] = {}
     calls: dict[nn.Module, list[tuple[Call, list[nn.Module]]]] = {}
-    for spot in spots:
-        if spot.kind in ("", "recurrent"):
+    for candidate in candidates:
+        if candidate.kind in ("", "recurrent"):
             continue
-        if spot.module is None:
-            unresolved.append(f"{spot.name}: an argument of {spot.function} is known only when it runs")
-            spot.function = ""
+        if candidate.module is None:
+            unresolved.append(f"{candidate.name}: an argument of {candidate.function} is known only when it runs")
+            candidate.function = ""
             continue
-        probe = Probe(spot.module, spot.seen)
-        probes[probe] = spot.owner
-        if spot.kind == "attribute":
-            spot.owner.__dict__[spot.key] = probe
-        elif spot.kind == "module" and spot.key in spot.owner._modules:
-            spot.owner._modules[spot.key] = probe
+        probe = Probe(candidate.module, candidate.seen)
+        probes[probe] = candidate.owner
+        if candidate.kind == "attribute":
+            candidate.owner.__dict__[candidate.key] = probe
+        elif candidate.kind == "module" and candidate.key in candidate.owner._modules:
+            candidate.owner._modules[candidate.key] = probe
         else:
-            assert spot.call is not None
-            calls.setdefault(spot.owner, []).append((spot.call, [probe]))
+            assert candidate.call is not None
+            calls.setdefault(candidate.owner, []).append((candidate.call, [probe]))
     for owner, theirs in calls.items():
         try:
-            send_calls(owner, theirs)
+            redirect_calls(owner, theirs)
         except UnreadError as reason:
-            unresolved.append(f"{type(owner).__name__}: its code can't be written anew: {reason}")
-            for spot in spots:
-                if spot.owner is owner and spot.call is not None and spot.key not in owner._modules:
-                    spot.function = ""
+            unresolved.append(f"{type(owner).__name__}: its forward can't be rewritten: {reason}")
+            for candidate in candidates:
+                if candidate.owner is owner and candidate.call is not None and candidate.key not in owner._modules:
+                    candidate.function = ""
     return probes
 
 

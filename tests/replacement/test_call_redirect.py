@@ -362,7 +362,7 @@ def test_an_argument_known_only_when_it_runs_is_named():
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     model = Inception(blocks=1)
     structure = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
-    send, count = call_redirect.send_calls, []
+    send, count = call_redirect.redirect_calls, []
 
     def fails(owner, theirs):
         count.append(owner)
@@ -370,7 +370,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
             raise call_finder.UnreadError("the fifth")
         send(owner, theirs)
 
-    monkeypatch.setattr("lightning_noisy.replacement.install.send_calls", fails)
+    monkeypatch.setattr("lightning_noisy.replacement.install.redirect_calls", fails)
     with pytest.raises(ValueError, match="can't be replaced: the fifth. Make them modules, or exclude"):
         replace_activations(model, "nsw")
     assert [(module, type(module), dict(module.__dict__)) for module in model.modules()] == structure
