@@ -60,16 +60,18 @@ def sums(count: int, found: Moments, *, dtype: torch.dtype) -> Tensor:
         dtype: of the sums. In float64 a mean far beyond the standard deviation cancels nothing that matters.
 
     Returns:
-        Tensor, shape (6,); zeros if a moment is not finite.
+        Tensor, shape (6,).
     """
     mean_x, var_x, mean_y, var_y, rho_prime = (value.to(dtype) for value in found)
     means = (torch.ones_like(mean_x), mean_x, var_x + mean_x**2, mean_y, var_y + mean_y**2, rho_prime)
-    result = count * torch.stack(means)
-    return torch.where(result.isfinite().all(), result, torch.zeros_like(result))
+    return count * torch.stack(means)
 
 
 def pooled(added: Tensor) -> Moments:
     """The moments of all elements that went into the sum of several :func:`sums`; NaN if there were none.
+
+    Args:
+        added: shape (6,), or (6, n) for n sites.
 
     >>> x, y = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0, 8.0])
     >>> parts = [sums(len(part), moments(part, part, torch.ones_like(part)), dtype=torch.float64) for part in (x, y)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,23 +10,27 @@ from torch import Tensor
 __all__ = ["normalization_factor", "normalize_output", "update_running"]
 
 
-def normalization_factor(rho: Tensor, rho_prime: Tensor) -> Tensor:
+Gain = TypeVar("Gain", Tensor, float)
+
+
+def normalization_factor(rho: Gain, rho_prime: Gain) -> Gain:
     r"""The factor that brings the gains of signal and gradient to 1, as a compromise of both.
 
     :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}`, Eq. 13: :math:`\lambda^2` is the reciprocal of
     their harmonic mean.
 
     Args:
-        rho: gain of the signal, Var[δ(x)] / Var[x] (Eq. 31), > 0.
-        rho_prime: gain of the gradient, E[δ′(x)²] (Eq. 6), > 0, same shape.
+        rho: gain of the signal, Var[δ(x)] / Var[x] (Eq. 31), > 0; a tensor or a float.
+        rho_prime: gain of the gradient, E[δ′(x)²] (Eq. 6), > 0, likewise.
 
     Returns:
-        λ, same shape.
+        λ, likewise.
 
     >>> normalization_factor(torch.tensor(0.340845), torch.tensor(0.5))  # ReLU on N(0, 1)
     tensor(1.5707)
     """
-    return ((rho + rho_prime) / (2 * rho * rho_prime)).sqrt()
+    factor: Gain = ((rho + rho_prime) / (2 * rho * rho_prime)) ** 0.5
+    return factor
 
 
 def normalize_output(output: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

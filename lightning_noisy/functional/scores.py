@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_noisy.functional.normalized import normalization_factor
 from lightning_noisy.functional.slopes import slope
 
 __all__ = ["Gains", "anact_score", "gains", "gpn_constants", "rho", "rho_prime"]
@@ -126,7 +127,7 @@ def gains(function: Callable[[Tensor], Tensor], sigma: float = 1.0) -> Gains:
     gain_prime = float(weights @ derivative.square())
     centred = variance / sigma**2
     score = math.log(centred / gain_prime) if centred > 0 and gain_prime > 0 else math.nan
-    factor = math.sqrt((centred + gain_prime) / (2 * centred * gain_prime)) if centred * gain_prime > 0 else math.inf
+    factor = normalization_factor(centred, gain_prime) if centred * gain_prime > 0 else math.inf
     return Gains(mean, second / sigma**2, centred, gain_prime, score, factor)
 
 

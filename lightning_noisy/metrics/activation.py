@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.scores import anact_score, rho
 
 __all__ = ["ActivationStatistics"]
@@ -87,27 +88,25 @@ class ActivationStatistics(Metric):
             return
         inactive = output <= 0 if inactive is None else inactive
         saturated = slope.abs() < saturation_threshold
-        input, output, slope = (
-            tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (input, output, slope)
+        h, y, derivative = (
+            each.detach().to(torch.promote_types(each.dtype, torch.float32)) for each in (input, output, slope)
         )
-        count = input.numel()
-        moments = [*torch.var_mean(input, correction=0), *torch.var_mean(output, correction=0)]
-        shares = [slope.square().mean(), saturated.count_nonzero() / count, inactive.count_nonzero() / count]
-        input_var, input_mean, output_var, output_mean, *rest = torch.stack(moments + shares).to(self.sums)
-        input_square, output_square = input_var + input_mean.square(), output_var + output_mean.square()
-        means = [torch.ones_like(input_mean), input_mean, input_square, output_mean, output_square, *rest]
-        self.sums[self._rows[site]] += count * torch.stack(means)
+        found, count = moments(h, y, derivative), input.numel()
+        shares = saturated.count_nonzero() / count, inactive.count_nonzero() / count
+        means = torch.stack([*found, *shares]).to(self.sums)  # one transfer
+        added = sums(count, Moments(*means[:5].unbind()), dtype=means.dtype)
+        self.sums[self._rows[site]] += torch.cat([added, count * means[5:]])
 
     def compute(self) -> dict[str, Tensor]:
         """The statistics, ``<statistic>/<site>`` and ``anact_score``: 0-dimensional tensors.
 
         A site that was not called has NaN, and is left out of the score, which is NaN if none was.
         """
-        count, *sums = self.sums.unbind(-1)
-        input_mean, input_square, output_mean, output_square, rho_prime, *shares = (total / count for total in sums)
-        gain = rho(input_square - input_mean.square(), output_mean, output_square - output_mean.square())
+        count, shares = self.sums[:, 0], (self.sums[:, 6:] / self.sums[:, :1]).unbind(1)
+        found = pooled(self.sums[:, :6].T)
+        gain = rho(found.var_x, found.mean_y, found.var_y)
         called = count > 0
-        score = anact_score(gain[called], rho_prime[called]).where(called.any(), torch.nan)
-        table = zip(("rho", "rho_prime", "saturation", "sparsity"), (gain, rho_prime, *shares), strict=True)
+        score = anact_score(gain[called], found.rho_prime[called]).where(called.any(), torch.nan)
+        table = zip(("rho", "rho_prime", "saturation", "sparsity"), (gain, found.rho_prime, *shares), strict=True)
         values = {f"{name}/{site}": value[row] for name, value in table for site, row in self._rows.items()}
         return {**values, "anact_score": score}

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.metrics.activation import ActivationStatistics
 from lightning_noisy.nn.normalized import NormalizedActivation
+from lightning_noisy.nn.recomputing import is_recomputing
 from lightning_noisy.replacement.sites import registered_activations
 
 __all__ = ["ActivationRecorder"]
@@ -94,7 +95,7 @@ class ActivationRecorder:
         h = self._inputs.pop(name, None)
         h = _argument(args, kwargs).detach() if h is None else h
         # Backward is under way: activation checkpointing runs this forward pass for the second time.
-        if torch._C._current_graph_task_id() != -1 or name in self._failed:
+        if is_recomputing() or name in self._failed:
             return
         try:
             self._measure(name, module, h, output)

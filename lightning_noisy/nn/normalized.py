@@ -253,7 +253,8 @@ class NormalizedActivation(nn.Module):
             return running
         assert self.pending is not None
         if self._is_tracking():
-            self.pending.add_(sums(count, found, dtype=self.pending.dtype))
+            added = sums(count, found, dtype=self.pending.dtype)
+            self.pending.add_(torch.where(added.isfinite().all(), added, torch.zeros_like(added)))
         first = usable & (self.num_batches_tracked == 0)
         return tuple(torch.where(first, own, known) for own, known in zip(batch, running, strict=True))
 
@@ -388,7 +389,7 @@ class _Fused(torch.autograd.Function):
             mean, rho, rho_prime = map(float, running)
         ctx.module, ctx.fast, ctx.shift = module, fast, mean
         ctx.tanh = math.tanh(float(alpha))
-        ctx.scale = math.sqrt((rho + rho_prime) / (2 * rho * rho_prime)) + module.beta * ctx.tanh
+        ctx.scale = normalization_factor(rho, rho_prime) + module.beta * ctx.tanh
         ctx.save_for_backward(x, alpha)
         if looking and not strided:
             fused.rescale_(fused.flat(output), ctx.scale, ctx.shift)

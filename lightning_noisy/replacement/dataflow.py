@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.snapshot import Contents
 
-__all__ = ["MOVES", "Probe", "Seen", "observe", "trace"]
+__all__ = ["MOVES", "Probe", "Seen", "call", "observe", "trace"]
 
 # What moves numbers about without changing them.
 MOVES = {
@@ -207,6 +207,13 @@ def _is_method(func: Any) -> bool:
     return name in METHODS and getattr(Tensor, name, None) is func
 
 
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """The output of a model for a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs) if isinstance(example_inputs, tuple) else model(example_inputs)
+
+
 def observe(
     model: nn.Module, inputs: Any, probes: Mapping[Probe, nn.Module], names: Mapping[nn.Module, str]
 ) -> list[Unseen]:
@@ -244,10 +251,7 @@ def observe(
         stack.callback(hooks.register_module_forward_pre_hook(watch.before).remove)
         stack.callback(hooks.register_module_forward_hook(watch.after, always_call=True).remove)
         with watch:
-            if isinstance(inputs, Mapping):
-                output = model(**inputs)
-            else:
-                output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+            output = call(model, inputs)
         watch.finish(output)
     return list(watch.unseen.values())
 

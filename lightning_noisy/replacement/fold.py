@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,19 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
+from lightning_noisy.replacement.dataflow import MOVES, call
 from lightning_noisy.replacement.origin import Origin
 
 __all__ = ["fold_normalization"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-# What moves numbers about without changing them: one scale and one shift for all commute with it.
-_MOVES = {
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
-    torch.dropout,
-    Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous, Tensor.squeeze,
-    Tensor.unsqueeze, Tensor.t,
-}  # fmt: skip
 
 
 @torch.no_grad()
@@ -83,7 +76,7 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
         for name, layers in plans.items():
             if not isinstance(layers, str):
                 _fold(model, name, layers, training, undo)
-        if not _close(before, _call(model, example_inputs)):
+        if not _close(before, call(model, example_inputs)):
             raise RuntimeError("Folding would change the output: the model does what one forward pass doesn't show.")
     except BaseException:
         for module, attribute, value in reversed(undo):
@@ -100,12 +93,6 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
         message = f"These activations stay normalized: {', '.join(stay)}."
         warnings.warn(message, UserWarning, stacklevel=3)  # no_grad is in between
     return model
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _close(before: Any, after: Any) -> bool:
@@ -150,7 +137,7 @@ class _Uses(TorchFunctionMode):
                 stack.callback(layer.register_forward_pre_hook(self._enter).remove)
                 stack.callback(layer.register_forward_hook(self._leave).remove)
             with self:
-                output = _call(model, inputs)
+                output = call(model, inputs)
         for leaf in tree_leaves(output):
             if (name := self._origin.get(id(leaf))) is not None:
                 self._reasons.setdefault(name, "it is an output of the model")
@@ -180,7 +167,7 @@ class _Uses(TorchFunctionMode):
         for name in names:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 continue  # a shape, a dtype
-            if func in _MOVES and isinstance(result, Tensor):
+            if func in MOVES and isinstance(result, Tensor):
                 self._origin[id(result)] = name
                 self._alive.append(result)
             elif func in _CALLS and self._stack and self._origin.get(id(args[0])) == name:

@@ -93,13 +93,20 @@ def test_pooled_moments_are_those_of_all_elements_also_far_from_zero():
     expected = x.mean(), x.var(), (x**2).mean(), (x**2).var(), (4 * x**2).mean()
     np.testing.assert_allclose(torch.stack(found), expected, rtol=1e-9)
     assert pooled(torch.zeros(6, dtype=torch.float64)).mean_x.isnan()
-    bad = torch.tensor([1.0, torch.inf])
-    assert not sums(2, moments(bad, bad, bad), dtype=torch.float64).any()
 
 
 def both_ways(test):
     """With the sweeps, and by plain torch operations: another function object has no kernel."""
     return pytest.mark.parametrize("function", [F.silu, lambda x: F.silu(x)], ids=["swept", "plain"])(test)
+
+
+@both_ways
+def test_batch_with_infinities_adds_nothing_to_what_is_pooled(function):
+    module = NormalizedActivation(function, synchronized=True)
+    module(torch.tensor([1.0, torch.inf]))
+    assert not module.pending.any()
+    module(torch.tensor([1.0, 2.0]))
+    assert module.pending[0] == 2
 
 
 @both_ways

@@ -88,7 +88,7 @@ def test_what_can_not_be_exact_stays_and_is_named():
         "twice": "it is called several times",
         "branch": "its output goes into add",
         "output": "it is an output of the model",
-        "padded": "getitem",
+        "padded": "the next convolution pads with zeros",
         "shared_by": "the next layer's weight is used elsewhere, too",
     }.items():
         assert f"{name} (" in message
