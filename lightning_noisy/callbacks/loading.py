@@ -96,7 +96,8 @@ def load_replaced(
                 f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the arguments,"
                 " and the example_inputs, that the model and the replacement had."
             )
-        if saved and model.strict_loading and (text := difference(model, there)):
+        is_strict = model.strict_loading if strict is None else strict
+        if saved and is_strict and (text := difference(model, there)):
             raise ValueError(text)
 
     # Lightning 2.5.0 doesn't know it, and would pass it to the model.

@@ -268,6 +268,10 @@ def test_load_replaced_takes_what_load_from_checkpoint_takes(tmp_path):
     with pytest.warns(UserWarning, match="other"):
         loaded = load_replaced(Two, tmp_path / "a.ckpt", strict=False)
     assert torch.equal(loaded.eval().net(x), trained.eval().net(x))
+    with pytest.raises(ValueError, match=r"'nsw' .* in the checkpoint, 'nrelu' .* in this model"):
+        load_replaced(Two, tmp_path / "a.ckpt", to="nrelu")
+    with pytest.warns(UserWarning, match="other"):
+        assert type(load_replaced(Two, tmp_path / "a.ckpt", to="nrelu", strict=False).net[1]) is NReLU
 
 
 def test_checkpoint_without_weights_is_written(tmp_path):
