@@ -161,12 +161,12 @@ def gaussian_at(key: Key, address: Tensor, std: float = 1.0) -> Tensor:
 
 
 class AddressRanges:
-    """AddressRanges of consecutive addresses, of one stream or of several.
+    """Ranges of consecutive addresses, of one stream or of several.
 
     Attributes:
-        firsts: the first half of each run's key, as int64.
+        firsts: the first half of each range's key, as int64.
         starts: its first address, >= 0.
-        counts: how many addresses it has. All three are int64 tensors of shape (runs,) on the CPU.
+        counts: how many addresses it has. All three are int64 tensors of shape (ranges,) on the CPU.
     """
 
     def __init__(self, firsts: list[int] | Tensor, starts: list[int] | Tensor, counts: list[int] | Tensor) -> None:
@@ -186,7 +186,7 @@ class AddressRanges:
         """Add the numbers to floats in memory; for this there must be a kernel.
 
         Args:
-            pointers: where the float32 of each run begin in the CPU's memory, int64, shape (runs,); 0 leaves one out.
+            pointers: where the float32 of each run begin in the CPU's memory, int64, shape (ranges,); 0 leaves one out.
                 No two runs may overlap, as several threads are at work.
             second: second half of the key.
             std: σ, >= 0.

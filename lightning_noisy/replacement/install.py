@@ -12,7 +12,18 @@ from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
-__all__ = ["place"]
+__all__ = ["HOOKS", "place"]
+
+# What hooks on a module consist of.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module], record: Record) -> None:
@@ -60,6 +71,9 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
             groups.setdefault(site.call.key, []).append(site)
     # Where one use of a child changes, the others must not follow.
     changed = {site.call.child for site in sites if site.call is not None and site.name in made} - {None}
+    # A child whose first use is replaced hands its hooks to the replacement, and its other uses get copies of them.
+    replaced = [owner._modules.get(site.key) for site in sites if site.name in made and _is_first(site)]
+    left = {child: _with_own_hooks(child) for child in replaced if child is not None}
     calls: list[tuple[Call, list[nn.Module]]] = []
     for key, passes in groups.items():
         call = passes[0].call
@@ -67,7 +81,7 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
         before = any(name == key or name.startswith(f"{key}@") for name in sent)
         if not before and call.child not in changed and not any(site.name in made for site in passes):
             continue
-        modules = [made.get(site.name, _own(site, owner)) for site in passes if not _is_first(site)]
+        modules = [made.get(site.name) or _own(site, owner, left) for site in passes if not _is_first(site)]
         calls.append((call, modules))
     if not calls:
         return
@@ -80,7 +94,17 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
         ) from None
 
 
-def _own(site: ActivationSite, owner: nn.Module) -> nn.Module:
+def _own(site: ActivationSite, owner: nn.Module, left: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """A module for a call that stays as it is."""
     assert site.module is not None
-    return site.module if site.number == 1 else copy.copy(site.module).train(owner.training)
+    if site.number == 1:
+        return left.get(site.module, site.module)
+    return _with_own_hooks(site.module).train(owner.training)
+
+
+def _with_own_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy: the same parameters, and hooks that are its own from now on."""
+    other = copy.copy(module)
+    for name in HOOKS:
+        setattr(other, name, copy.copy(getattr(other, name)))
+    return other

@@ -18,7 +18,7 @@ from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.replacement.batch_norm import buffer, strip
-from lightning_noisy.replacement.install import place
+from lightning_noisy.replacement.install import HOOKS, place
 from lightning_noisy.replacement.late_swap import watch
 from lightning_noisy.replacement.origin import Origin, fingerprint, written
 from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
@@ -27,17 +27,6 @@ from lightning_noisy.replacement.sites import ActivationSite, ActivationSites, a
 from lightning_noisy.replacement.snapshot import Snapshot
 
 __all__ = ["replace_activations", "restore_activations", "swap"]
-
-# What hooks on a module consist of.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def replace_activations(
@@ -254,7 +243,7 @@ def _make(
             module.requires_grad_(False)
     module.train(model.get_submodule(site.owner).training if site.call is not None else old.training)
     if all(inner is not old for inner in module.modules()):  # else it is still called, hooks and all
-        for name in _HOOKS:
+        for name in HOOKS:
             if getattr(module, name) or old in first_replacements:
                 getattr(module, name).update(getattr(old, name))
             else:  # the very dictionary: handles that users hold go on to remove their hooks
@@ -283,7 +272,7 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
         if isinstance(function, nn.Module):
             if hasattr(function, "inplace"):
                 function.inplace = False  # type: ignore[assignment]
-            for hooks in (*_HOOKS, "_load_state_dict_pre_hooks"):  # they are the new module's
+            for hooks in (*HOOKS, "_load_state_dict_pre_hooks"):  # they are the new module's
                 setattr(function, hooks, type(getattr(function, hooks))())
         return registry.create(name, function=function, **options)
     if isinstance(new, str):

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy import activation_sites, replace_activations, restore_activations
+from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
 from lightning_noisy.replacement import call_finder, call_redirect
 
@@ -530,3 +531,46 @@ def test_a_failing_option_leaves_no_hook():
     with pytest.raises(ValueError, match="buffer_batchnorm"):
         replace_activations(model, "nsw", buffer_batchnorm="head")
     assert not model._load_state_dict_pre_hooks
+
+
+class UsedTwice(nn.Module):
+    """One activation that is called twice, the second time after a residual addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.act(self.first(x))
+        return self.second(self.act(y + x))
+
+
+@pytest.mark.parametrize("options", [{}, {"include": "act"}, {"include": "act#2", "after_residual": True}])
+def test_uses_of_a_module_have_hooks_of_their_own(options):
+    model = UsedTwice()
+    calls = []
+    model.act.register_forward_hook(lambda module, *_: calls.append("before"))
+    replace_activations(model, "nsw", example_inputs=torch.randn(3, 4), **options)
+    uses = [model.act, *model.activation_calls.values()]
+    assert len(uses) == 2
+    calls.clear()
+    for use, name in zip(uses, "ab", strict=True):
+        use.register_forward_hook(lambda module, *_, name=name: calls.append(name))
+    model(torch.randn(3, 4))
+    assert calls == ["before", "a", "before", "b"]
+
+
+def test_recorder_measures_each_use_of_a_module_by_itself():
+    model = replace_activations(UsedTwice(), "nsw", include="act")
+    recorder = ActivationRecorder(model)
+    x = torch.randn(64, 4)
+    seen = {}
+    for name, use in (("act", model.act), ("act#2", *model.activation_calls.values())):
+        use.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0], output)}))
+    with recorder, torch.no_grad():
+        model(x)
+    found = recorder.statistics.compute()
+    for name, (h, output) in seen.items():
+        h, output = h.double().numpy(), output.double().numpy()
+        assert found[f"rho/{name}"].item() == pytest.approx((output**2).mean() / h.var(), rel=1e-5)
+    assert found["rho/act"] != found["rho/act#2"]
