@@ -122,7 +122,9 @@ def swap(
     if not chosen:
         _warn_unchanged(inside, sites, policy.to)
         return model, []
-    first_replacements: dict[nn.Module, nn.Module] = {}
+    # One that has another use, which stays, keeps its hooks.
+    staying = (site.module for site in sites if site.name not in chosen)
+    first_replacements = {module: module for module in staying if module is not None}
     there: dict[str, nn.Module] = {}
     for site in sites:
         if site.name in chosen:
