@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -16,16 +13,14 @@ from torch import nn
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.replacement.record import (
     KEY,
-    MARKER,
     describe,
     difference,
-    records_of,
     replaced_in,
     saved_replacements,
     saved_sites,
 )
 
-__all__ = ["add_replacements", "check", "mark", "replacements_of", "set_noise"]
+__all__ = ["add_replacements", "check", "replacements_of", "set_noise"]
 
 # Where a checkpoint has c of the noisy activations, by their paths.
 _NOISE_KEY = "lightning_noisy.activation_noise"
@@ -66,36 +61,3 @@ def set_noise(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for path, value in checkpoint.get(_NOISE_KEY, {}).items():
         if isinstance(module := modules.get(path), NoisyActivation):
             module.c.fill_(value)
-
-
-def mark(model: pl.LightningModule) -> None:
-    """Have the weights in all checkpoints of a swapped model marked: loading them the plain way fails with a hint.
-
-    By the model's ``on_save_checkpoint``, which Lightning calls last, and with ``save_weights_only=True``, too.
-    """
-    present = model.__dict__.get(_HOOK)
-    record = records_of(model).get("")
-    if record is not None and getattr(present, "func", None) is not _save_marked:
-        record.set_attribute(model, "", _HOOK, functools.partial(_save_marked, model, present))
-
-
-_HOOK = "on_save_checkpoint"
-
-
-def _save_marked(model: pl.LightningModule, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
-    (own or functools.partial(type(model).on_save_checkpoint, model))(checkpoint)
-    weights = checkpoint.get("state_dict")
-    first = next(iter(replaced_in(model)), None)
-    if weights is None or first is None:
-        return
-    # With a replacement's own keys, so that wherever it is loaded, that takes it off. Errors name keys in their order.
-    marked = OrderedDict({f"{first}.{MARKER}": torch.zeros(()), **weights})
-    metadata = getattr(weights, "_metadata", None)
-    if metadata is None:  # lost by a callback, such as WeightAveraging, or by a strategy
-        metadata = {path: {"version": getattr(module, "_version", 1)} for path, module in model.named_modules()}
-        describe(model, metadata)
-        for path, module in model.named_modules():
-            if isinstance(module, NoisyActivation):
-                metadata[path]["c"] = module.c.item()
-    marked._metadata = metadata  # type: ignore[attr-defined]
-    checkpoint["state_dict"] = marked

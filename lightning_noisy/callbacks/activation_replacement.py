@@ -195,7 +195,6 @@ class ActivationReplacement(pl.Callback):
                 f"{', '.join(dropped)} had been replaced before, by something else than {self.to!r}: what was learned"
                 " there is dropped. Pass the same `to` as before to keep it."
             )
-        _checkpoints.mark(pl_module)
 
     def _check_noise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.noise is not None and not self._annealed(trainer, pl_module):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.replacement.call_finder import NAME
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.origin import Origin, computes
@@ -30,15 +34,18 @@ __all__ = [
 # Under this key the metadata of a state_dict says what was replaced, as the version of a module is there.
 KEY = "lightning_noisy.activations"
 
-# A key among the weights of a model that a callback has swapped, so that the error of loading them the plain way shows
-# it, on lines of its own.
+# A key among the weights in Lightning's checkpoints, so that the error of loading them into a model without
+# replacements shows it, on lines of its own.
 MARKER = """
 
     The activations of the model that wrote this checkpoint were replaced, and those of this model are not.
     Without a Trainer, load with lightning_noisy.load_replaced(Model, path).
-    For ckpt_path= of a Trainer, give that the ActivationReplacement callback that it was trained with.
+    For ckpt_path= of a Trainer, give that the ActivationReplacement callback that it was trained with, or replace the
+    activations in the model as they were.
 
     """
+
+_CHECKPOINT = "on_save_checkpoint"
 
 
 class _Missing:
@@ -95,6 +102,10 @@ class Record:
         if self._attribute not in model.__dict__:
             self.add_hook(model.register_state_dict_post_hook(_save))
             self.add_hook(model.register_load_state_dict_pre_hook(_load))
+            # Of a LightningModule, which is called last, and with save_weights_only=True, too.
+            if callable(getattr(model, _CHECKPOINT, None)):
+                own = model.__dict__.get(_CHECKPOINT)
+                self.set_attribute(model, "", _CHECKPOINT, functools.partial(_save_checkpoint, model, own))
         model.__dict__[self._attribute] = self
 
     def saved(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -267,6 +278,26 @@ def _load(
     if saved and (text := difference(model, saved_sites(saved))):
         # An error unless loading isn't strict, and what torch says first.
         missing.insert(0, f"\n\n    {text}\n\n    ")
+
+
+def _save_checkpoint(model: Any, own: Callable[[Any], None] | None, checkpoint: dict[str, Any]) -> None:
+    """Mark the weights in a checkpoint, so that loading them into a model without replacements fails with a hint."""
+    (own or functools.partial(type(model).on_save_checkpoint, model))(checkpoint)
+    weights = checkpoint.get("state_dict")
+    first = next(iter(replaced_in(model)), None)
+    if weights is None or first is None:
+        return
+    # With a replacement's own keys, so that wherever it is loaded, that takes it off. Errors name keys in their order.
+    marked = OrderedDict({f"{first}.{MARKER}": torch.zeros(()), **weights})
+    metadata = getattr(weights, "_metadata", None)
+    if metadata is None:  # lost by a callback, such as WeightAveraging, or by a strategy
+        metadata = {path: {"version": getattr(module, "_version", 1)} for path, module in model.named_modules()}
+        describe(model, metadata)
+        for path, module in model.named_modules():
+            if isinstance(module, NoisyActivation):
+                metadata[path]["c"] = module.c.item()
+    marked._metadata = metadata  # type: ignore[attr-defined]
+    checkpoint["state_dict"] = marked
 
 
 def _drop_marker(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

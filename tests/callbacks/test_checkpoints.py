@@ -157,6 +157,40 @@ def test_averaged_weights_have_the_c_of_the_schedule_and_say_what_was_replaced(t
         replace_activations(Two(), "nrelu").load_state_dict(weights)
 
 
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="came with lightning 2.6")
+def test_averaged_weights_of_a_model_that_replaces_in_its_init_keep_c_and_say_what_was_replaced(tmp_path):
+    class Own(Two):
+        def __init__(self, to="nah"):
+            super().__init__()
+            self.save_hyperparameters()
+            replace_activations(self, to)
+
+    model = Own()
+    for i in (1, 3):
+        model.net[i].c.fill_(3.0)
+    own = [callbacks.EMAWeightAveraging(decay=0.99), ModelCheckpoint(tmp_path, "a", save_last=True)]
+    quiet_trainer(callbacks=own, enable_checkpointing=True).fit(model, loader(batches(4)))
+    assert Own.load_from_checkpoint(tmp_path / "last.ckpt").net[1].c == 3.0
+    with pytest.raises(RuntimeError, match=r"net.1: 'nah' .* in the checkpoint, 'nrelu' .* in this model"):
+        Own.load_from_checkpoint(tmp_path / "last.ckpt", to="nrelu")
+
+
+@pytest.mark.parametrize("to", ["gelu", "nsw", "nah"])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_plain_loading_of_what_the_function_has_changed_says_how_to_load_it(tmp_path, to, weights_only):
+    model = replace_activations(Two(), to)
+    keys = list(model.state_dict())
+    fit(model).save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(RuntimeError, match=r"load with lightning_noisy.load_replaced\(Model, path\)"):
+        Two.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert repr(load_replaced(Two, tmp_path / "a.ckpt")) == repr(model)
+    fresh = replace_activations(Two(), to)
+    fresh.load_state_dict(torch.load(tmp_path / "a.ckpt")["state_dict"])
+    x = torch.randn(5, 8)
+    assert torch.equal(fresh.eval().net(x), model.eval().net(x))
+
+
 class Gan(Two):
     """Two optimizers that both step with each batch, in manual optimization."""
 
