@@ -224,7 +224,7 @@ class _OutputNoise(NoisyActivation):
 
 
 class _Fused(torch.autograd.Function):
-    """Training forward and backward of NAN and NAH on the CPU, by the sweeps of ``functional.fused``."""
+    """Training forward and backward of NAN and NAH on the CPU, by the sweeps of ``kernels.fused``."""
 
     @staticmethod
     def forward(

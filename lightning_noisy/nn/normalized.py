@@ -365,7 +365,7 @@ def _usable(mean: Tensor, rho: Tensor, rho_prime: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """Training forward and backward of a normalized activation on the CPU, by the sweeps of ``functional.fused``."""
+    """Training forward and backward of a normalized activation on the CPU, by the sweeps of ``kernels.fused``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, fast: fused.FusedFunction) -> Tensor:

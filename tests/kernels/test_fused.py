@@ -1,4 +1,4 @@
-"""The sweeps of `functional.fused` against the readable reference: plain torch operations and autograd."""
+"""The sweeps of `kernels.fused` against the readable reference: plain torch operations and autograd."""
 
 import copy
 
