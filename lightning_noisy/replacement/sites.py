@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.nn import registry
-from lightning_noisy.replacement.call_finder import FUNCTIONS, NAME, Call, UnreadError, calls_of, plain_module
+from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError, calls_of
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.dataflow import Probe, Seen, observe, trace
+from lightning_noisy.replacement.recognition import (
+    RECURRENT,
+    function_of,
+    held_activations,
+    held_function,
+    recurrent_function,
+)
 from lightning_noisy.replacement.snapshot import Snapshot
 
 __all__ = ["ActivationSite", "ActivationSites", "activation_sites", "registered_activations"]
 
 # Functions that gates and output layers are made of.
 GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
-
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
     asked = example_inputs is not None
     if not asked:
         example_inputs = getattr(model, "example_input_array", None)
-    if isinstance(model, _RECURRENT):
-        function = _recurrent_function(model)
+    if isinstance(model, RECURRENT):
+        function = recurrent_function(model)
         return ActivationSites([ActivationSite("", "recurrent", function, "", None, None, None, 0, None, model)])
     snapshot = Snapshot(model)
     names = {module: name for name, module in model.named_modules()}
@@ -236,7 +238,7 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
         return
     numbers = len(seen)
     chained = type(owner).forward is nn.Sequential.forward
-    calls, reasons = calls_of(owner, _function_of)
+    calls, reasons = calls_of(owner, function_of)
     uses = {call.key: call for call in calls if call.kind == "module"}
     if reasons:
         yield _SiteCandidate(
@@ -247,13 +249,13 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
     for key, value in owner.__dict__.items():
         if key.startswith("_"):
             continue
-        function = _held_function(value)
+        function = held_function(value)
         if function is not None:
             use = uses.pop(key, None)
             yield _SiteCandidate(
                 path, owner, "attribute", key, *function, use, number=numbers, others=_others(sent, key)
             )
-        elif held := _held_activations(value):
+        elif held := held_activations(value):
             reason = (
                 f"{path or '(root)'}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
             )
@@ -266,15 +268,15 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
         # What follows must be a layer: an output may still be reshaped.
         layer_follows = any(_has_parameters(later) for _, later in children[index + 1 :])
         child_feeds_on = chained and (layer_follows or feeds_layer)
-        function_name = _function_of(child)
+        function_name = function_of(child)
         if function_name is not None:  # what an activation consists of is no site of its own
             use = uses.pop(key, None)
             others = _others(sent, key)
             yield _SiteCandidate(
                 path, owner, "module", key, function_name, child, use, child_feeds_on, len(seen), others=others
             )
-        elif isinstance(child, _RECURRENT):
-            yield _SiteCandidate(path, owner, "recurrent", key, _recurrent_function(child), child, number=len(seen))
+        elif isinstance(child, RECURRENT):
+            yield _SiteCandidate(path, owner, "recurrent", key, recurrent_function(child), child, number=len(seen))
         elif child not in seen:
             yield from _walk(child, name, child_feeds_on, seen)
     for call in calls:
@@ -283,7 +285,7 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
         module = sent.get(call.key, call.plain)
         if module is None and call.child is not None:
             module = owner._modules.get(call.child)
-            if module is None and (function := _held_function(owner.__dict__.get(call.child))) is not None:
+            if module is None and (function := held_function(owner.__dict__.get(call.child))) is not None:
                 module = function[1]
         # A second use is named like a child, not like a call.
         yield _SiteCandidate(
@@ -333,81 +335,6 @@ def _put_probes(candidates: list[_SiteCandidate], unresolved: list[str]) -> dict
                 if candidate.owner is owner and candidate.call is not None and candidate.key not in owner._modules:
                     candidate.function = ""
     return probes
-
-
-def _held_function(value: object) -> tuple[str, nn.Module] | None:
-    """Name and module of a function that is held as an attribute."""
-    arguments: tuple[Any, ...] = ()
-    options: dict[str, Any] = {}
-    if isinstance(value, functools.partial):
-        partial: functools.partial[Any] = value
-        value, arguments, options = partial.func, partial.args, partial.keywords
-    if not callable(value) or isinstance(value, nn.Module) or value not in FUNCTIONS:
-        return None
-    name, inplace = FUNCTIONS[value]
-    try:
-        return name, plain_module(name, *arguments, inplace=inplace, **options)
-    except (UnreadError, TypeError):
-        return None
-
-
-def _held_activations(value: object) -> str:
-    """What activations a plain container holds."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    if not isinstance(items, Iterable) or len(items) > 1000:
-        return ""
-    found = [
-        name
-        for each in items
-        if (name := registry.function_name(each) if isinstance(each, nn.Module) else (_held_function(each) or ("",))[0])
-    ]
-    return ", ".join(dict.fromkeys(found))
-
-
-_GRID = torch.linspace(-4, 4, 64)
-
-
-def _foreign_function(module: nn.Module) -> str | None:
-    """The name of the function of an activation module of another library, or of one's own; None if it is none.
-
-    That is a module without children, parameters and buffers whose forward takes one tensor, and computes something
-    elementwise that is no straight line.
-    """
-    space = f"{type(module).__module__}."
-    if space.startswith(("torch.", "lightning_noisy.")) or module._modules or module._parameters or module._buffers:
-        return None
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-        needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-        if len(needed) != 1 or parameters[0] is not needed[0]:
-            return None
-        twin = copy.copy(module)
-        with torch.no_grad(), torch.random.fork_rng([]):
-            y = twin.forward(_GRID.clone())
-            if not isinstance(y, Tensor) or y.shape != _GRID.shape or not y.is_floating_point():
-                return None
-            if not torch.equal(twin.forward(_GRID.flip(0).view(8, 8)).view(-1).flip(0), y):
-                return None
-        bends = (y[2:] - 2 * y[1:-1] + y[:-2]).abs().amax()
-        if not bends > 1e-4:
-            return None
-        for name, cls in registry.PLAIN.items():
-            if name not in ("prelu", "rrelu") and torch.allclose(cls()(_GRID), y, atol=2e-3):
-                return name
-    except Exception:
-        return None
-    return type(module).__name__.lower()
-
-
-def _function_of(module: Any) -> str | None:
-    if not isinstance(module, nn.Module):
-        held = _held_function(module)
-        return held[0] if held else None
-    return registry.function_name(module) or _foreign_function(module)
-
-
-def _recurrent_function(module: nn.Module) -> str:
-    return "relu" if "RELU" in str(getattr(module, "mode", getattr(module, "nonlinearity", ""))).upper() else "tanh"
 
 
 def _has_forward(module: nn.Module) -> bool:
