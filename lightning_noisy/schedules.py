@@ -5,8 +5,9 @@ noise at that step: ``schedule(step) -> float``. Schedules are values: they comp
 
 Some run towards a horizon, ``steps``. With ``steps="auto"`` it is the number of optimizer steps that the Trainer
 expects to take; elsewhere :meth:`~BaseSchedule.resolved` fills it in. ``FollowLR`` and ``Langevin`` depend on the
-optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``Warmup`` compose others. (All are in this
-one long file: a class each, of which most is documentation.)
+optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``Warmup`` compose others.
+
+All are in this one long file: a class each, of which most is documentation.
 """
 
 from __future__ import annotations
