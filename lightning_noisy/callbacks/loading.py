@@ -87,7 +87,7 @@ def load_replaced(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
             if saved:  # so it was when the activations were replaced, and was said then
-                warnings.filterwarnings("ignore", message="replace_activations.* left what it could not look into")
+                warnings.filterwarnings("ignore", message="replace_activations.* left what is unresolved")
             for path, policy in steps:
                 swap(model.get_submodule(path), policy, example_inputs)
         there, present = saved_sites(saved), replaced_in(model)

@@ -148,8 +148,7 @@ def swap(
             origin.leave(there[site.name])
     if made and sites.unresolved:
         warnings.warn(
-            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what it could not look into:"
-            f" {_joined(sites)}.",
+            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what is unresolved: {_joined(sites)}.",
             UserWarning,
             stacklevel=3,
         )

@@ -425,7 +425,7 @@ def test_a_layer_with_tokens_has_its_batch_norm_over_all_of_them():
     assert model[2].buffer.num_batches_tracked == 1
 
 
-@pytest.mark.filterwarnings("ignore:replace_activations.*left what it could not look into")
+@pytest.mark.filterwarnings("ignore:replace_activations.*left what is unresolved")
 @pytest.mark.parametrize("observed", [True, False])
 def test_what_a_name_or_an_argument_means_is_not_mistaken(observed):
     model, x = Swapped(), ROWS.clone().requires_grad_()
