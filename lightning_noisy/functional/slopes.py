@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_noisy.kernels.transforms import is_transforming
+
 __all__ = ["largest_slope", "slope", "value_and_slope", "works_in_place"]
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -44,7 +46,7 @@ def _autograd_slope(function: Elementwise, x: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling():
         derivative: Tensor = torch.func.grad(lambda leaf: function(leaf).sum())(x)
         return derivative
-    inside = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    inside = torch.compiler.is_compiling() or is_transforming()
     if inside or type(x) not in (Tensor, nn.Parameter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts something at its first use of it

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_noisy.kernels.gaussian import Key, draw_
+from lightning_noisy.kernels.transforms import is_transforming
 
 __all__ = [
     "FusedFunction",
@@ -121,7 +122,7 @@ def takes(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)))
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transforming()
         and not torch.jit.is_tracing()
     )
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_noisy.kernels.build import CompileError, compiled
+from lightning_noisy.kernels.transforms import is_transforming
 
 __all__ = [
     "AddressRanges",
@@ -323,7 +324,7 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
     if torch.compiler.is_compiling():
         opaque = x.device.type == "cpu"  # where the hash, compiled by inductor, takes ten times as long
     else:
-        opaque = torch._C._functorch.peek_interpreter_stack() is not None or type(x) not in (Tensor, nn.Parameter)
+        opaque = is_transforming() or type(x) not in (Tensor, nn.Parameter)
     if opaque:
         drawn: Tensor = _gaussian_like_operator(x.detach(), first, signed(second))
         return drawn
