@@ -21,7 +21,9 @@ def resolved(schedule: Schedule, trainer: pl.Trainer, *, of_epochs: bool = False
     total: float | None = trainer.max_epochs if of_epochs else trainer.estimated_stepping_batches
     if not of_epochs and total == trainer.max_steps:
         total /= len(trainer.optimizers) or 1  # Lightning counts the steps of all
-    if total is None or not 0 < total < float("inf"):
+    if trainer.limit_train_batches == 0:  # Lightning then has no number
+        total = 0
+    if total is None or not 0 <= total < float("inf"):
         raise MisconfigurationException(
             f"{schedule} needs to know how long the training is. Give it a number of steps, or set max_steps or"
             " max_epochs of the Trainer."

@@ -20,6 +20,7 @@ from lightning_noisy.callbacks._horizon import resolved
 from lightning_noisy.callbacks._logging import log_scalars, logging_step
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.nn.synchronize import synchronize_statistics, synchronized_activations
 from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.policy import Policy, Replacement
@@ -124,11 +125,6 @@ class ActivationReplacement(pl.Callback):
                     f"{type(callback).__name__} has copied the model before its activations are replaced. Put"
                     " ActivationReplacement before it in the list of callbacks."
                 )
-        if any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks):  # type: ignore[attr-defined]
-            rank_zero_warn(
-                "StochasticWeightAveraging refreshes the running statistics of batch norms alone. For normalized"
-                " activations run one pass over the training data in training mode after the fit, without steps."
-            )
         if is_overridden("configure_model", pl_module):
             self._follow(trainer, pl_module, "configure_model")
         elif is_overridden("setup", pl_module):  # which may make layers, too, after callbacks have copied the model
@@ -211,7 +207,14 @@ class ActivationReplacement(pl.Callback):
         return [each for each in pl_module.modules() if isinstance(each, NoisyActivation) and each in inside]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out how long the training is."""
+        """Find out how long the training is, and what averages the weights."""
+        averaged = any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        own = {module for each in self._own if (top := each()) is not None for module in top.modules()}
+        if averaged and any(isinstance(each, NormalizedActivation) for each in own):
+            rank_zero_warn(
+                "StochasticWeightAveraging refreshes the running statistics of batch norms alone. For normalized"
+                " activations run one pass over the training data in training mode after the fit, without steps."
+            )
         if self.noise is not None:
             self._schedule = resolved(self.noise, trainer, of_epochs=self.interval == "epoch")
             self._noisy = self._annealed(trainer, pl_module)

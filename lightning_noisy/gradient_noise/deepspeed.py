@@ -44,6 +44,11 @@ class FlatVectors:
         self._vectors = 0  # how many there are
         self._done: set[int] = set()  # which of them have had their turn in this step
 
+    @property
+    def under_way(self) -> bool:
+        """Whether some vectors have had their turn."""
+        return bool(self._done)
+
     def plan(self, optimizer: Optimizer) -> NoisePlan:
         """For the vectors that the optimizer has for the present call."""
         key = tuple(_vectors(optimizer))

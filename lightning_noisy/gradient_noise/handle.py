@@ -115,7 +115,7 @@ class GradientNoiseHandle:
         seed: the seed.
         stream: what tells the noise apart from others of the same seed.
         step: t, the steps with noise that the optimizer has taken.
-        last_step: what was added at the last step, None before the first.
+        last_step: what was added at the last step; None before the first, and after :meth:`load_state_dict`.
         measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
             ``relative`` they are measured anyway.
         warns_of_none: whether to warn if no parameter is chosen.
@@ -195,6 +195,7 @@ class GradientNoiseHandle:
             ValueError: if ``state`` is something else; nothing has changed then.
         """
         self.seed, self.stream, self.step = checked_state(state)
+        self.last_step = None
         self._layout.restart()
 
     def __enter__(self) -> GradientNoiseHandle:
@@ -248,7 +249,7 @@ class GradientNoiseHandle:
         added = plan.add_noise([std * scale for std in stds], (self.seed, self.stream), self.step)
         # On all ranks alike, some of whose shards may be empty.
         self._added = added or (self._layout.any_chosen and not self._layout.has_whole_gradients)
-        if self._added and (self.last_step is None or self.last_step.t != self.step):  # of DeepSpeed's calls the first
+        if self._added and not self._layout.under_way:  # of DeepSpeed's calls the first
             self.last_step = NoisyStep(self.step, std, self._norm, noise_norm)
         if handles[-1] is self:
             for handle in handles:

@@ -25,11 +25,17 @@ class Layout(Protocol):
         has_whole_gradients: whether gradients are whole, or know their whole, so that norms can be measured.
         count: how many parameters there are, once there was a plan.
         any_chosen: whether any of them gets noise, on any rank.
+        under_way: whether a step has had some of its calls.
     """
 
     has_whole_gradients: bool
     count: int
     any_chosen: bool
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has had some of its calls, and not all."""
+        ...
 
     def plan(self, optimizer: Optimizer) -> NoisePlan:
         """How the present parameters of an optimizer get their noise."""
@@ -67,6 +73,8 @@ class OwnParameters:
         model: where names come from, or None.
         params: chooses parameters, or None for all.
     """
+
+    under_way = False  # a call is a step
 
     def __init__(self, model: nn.Module | None = None, params: ParameterFilter | None = None) -> None:
         self.has_whole_gradients = True

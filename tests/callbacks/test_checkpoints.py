@@ -15,7 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_noisy import ActivationReplacement, load_replaced, replace_activations, restore_activations
+from lightning_noisy import (
+    ActivationReplacement,
+    GradientNoise,
+    load_replaced,
+    replace_activations,
+    restore_activations,
+)
 from lightning_noisy.nn import NReLU, NSwish
 from lightning_noisy.schedules import Linear
 
@@ -320,6 +326,15 @@ def test_checkpoint_without_weights_is_written(tmp_path):
 def test_stochastic_weight_averaging_warns_of_statistics_it_does_not_refresh():
     with pytest.warns(UserWarning, match="refreshes the running statistics of batch norms alone"):
         fit(Two(), ActivationReplacement("nsw"), StochasticWeightAveraging(swa_lrs=0.01))
+
+
+def test_stochastic_weight_averaging_beside_other_activations_is_silent():
+    fit(Two(), ActivationReplacement("gelu"), StochasticWeightAveraging(swa_lrs=0.01))
+
+
+def test_fit_without_batches_needs_no_length():
+    fit(Two(), ActivationReplacement("nah", noise=Linear(1.0)), limit_train_batches=0)
+    fit(Two(), GradientNoise(schedule=Linear(1.0)), limit_train_batches=0)
 
 
 def test_checkpoint_of_a_plain_model_warns_where_replacements_have_no_parameters(tmp_path):

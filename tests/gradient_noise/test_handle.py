@@ -1,3 +1,4 @@
+import contextlib
 import enum
 import random
 
@@ -491,3 +492,28 @@ def test_a_bad_state_is_refused_and_changes_nothing(state):
     with pytest.raises(ValueError, match="Gradient noise has a state of"):
         handle.load_state_dict(state)
     assert handle.state_dict() == before
+
+
+def test_last_step_is_that_of_the_gradient_that_was_used():
+    class Fails(torch.optim.SGD):
+        broken = True
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            if self.broken:
+                raise RuntimeError("broken")
+            return super().step()
+
+    w = torch.nn.Parameter(torch.zeros(100))
+    optimizer = Fails([w], lr=0.1)
+    handle = add_gradient_noise(optimizer, Constant(0.0))
+    handle.measuring = True
+    for value, broken in ((1.0, True), (2.0, False)):  # another gradient at the same t
+        w.grad = torch.full_like(w, value)
+        optimizer.broken = broken
+        with contextlib.suppress(RuntimeError):
+            optimizer.step()
+    assert (handle.step, handle.last_step.t) == (1, 0)
+    assert handle.last_step.grad_norm.item() == pytest.approx(20)
+    handle.load_state_dict({"seed": 0, "stream": 0, "step": 0})
+    assert handle.last_step is None
