@@ -9,7 +9,7 @@ import lightning_noisy
 
 ROOT = Path(lightning_noisy.__file__).parent
 LEVELS = {
-    **{"kernels": 0, "schedules": 0, "functional": 1, "nn": 2, "plots": 3, "metrics": 3},
+    **{"kernels": 0, "_torch_internals": 0, "schedules": 0, "functional": 1, "nn": 2, "plots": 3, "metrics": 3},
     **{"gradient_noise": 4, "replacement": 4, "monitoring": 5, "callbacks": 6, "": 7},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_noisy._torch_internals import metadata_of
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.replacement.record import (
     KEY,
@@ -37,7 +38,7 @@ def add_replacements(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def replacements_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint says of the replacements in its model, by path; None if it says nothing."""
-    found = checkpoint.get(KEY) or saved_replacements(getattr(checkpoint.get("state_dict"), "_metadata", {}))
+    found = checkpoint.get(KEY) or saved_replacements(metadata_of(checkpoint.get("state_dict")) or {})
     return found if found or KEY in checkpoint else None
 
 

@@ -1,4 +1,4 @@
-"""Where and when the callbacks' scalars go: to every logger, at the steps of Lightning's own logging."""
+"""Where the callbacks' scalars go: to every logger."""
 
 from __future__ import annotations
 
@@ -6,24 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["is_logging_due", "log_hyperparameters", "log_scalars", "logging_step"]
-
-
-def is_logging_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning logs the step that this batch belongs to; from ``on_train_batch_start`` on."""
-    # fast_dev_run is set by one of the Trainer's connectors.
-    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def logging_step(trainer: pl.Trainer) -> int | None:
-    """In ``on_train_batch_end``: the step at which ``self.log`` values of this batch are written, or None.
-
-    None with ``log_every_n_steps`` and gradient accumulation, for batches whose values Lightning doesn't write
-    either. ``trainer.global_step`` is another count: it has moved on, and by two with two optimizers.
-    """
-    loop = trainer.fit_loop
-    accumulating = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
-    return loop.epoch_loop._batches_that_stepped if is_logging_due(trainer) and not accumulating else None
+__all__ = ["log_hyperparameters", "log_scalars"]
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
+from lightning_noisy._torch_internals import version
 from lightning_noisy.callbacks._noisy_optimizers import Attached
 from lightning_noisy.schedules import InverseDecay, Schedule
 
@@ -34,14 +35,14 @@ class NoiseWatch:
     def begin(self, index: int, parameters: list[Any]) -> None:
         """Take in the parameters of an optimizer that are to get noise, before it steps."""
         sample = parameters[:: 1 + len(parameters) // 16]
-        self._versions[index] = [(p, p._version) for p in sample if not is_lazy(p)]
+        self._versions[index] = [(p, version(p)) for p in sample if not is_lazy(p)]
 
     def check_steps(self, attached: list[Attached]) -> None:
         """Warn of optimizers that have changed their parameters, and without noise."""
         for optimizer, index, _ in attached:
             if index in self.noisy:
                 self._versions.pop(index, None)
-            elif any(parameter._version != version for parameter, version in self._versions.get(index, [])):
+            elif any(version(parameter) != count for parameter, count in self._versions.get(index, [])):
                 del self._versions[index]
                 rank_zero_warn(
                     f"Parameters of optimizer {index} ({type(optimizer).__name__}) have changed, and GradientNoise saw"

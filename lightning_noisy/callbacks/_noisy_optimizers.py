@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_noisy.gradient_noise.handle import GradientNoiseHandle, updating
 
 __all__ = ["Attached", "NoisyOptimizers"]
@@ -70,6 +72,25 @@ class NoisyOptimizers:
         """The states of all that there are and were, by their numbers."""
         states = {**self._states, **{each.number: each.handle.state_dict() for each in self.attached}}
         return [states[number] for number in sorted(states)]
+
+    def restore(self, states: list[dict[str, Any]], seed: int | None) -> None:
+        """Go on with the states of a checkpoint, with this seed if there is one."""
+        if not states:
+            return  # written before there was a fit, by a tuner for one
+        if len(states) != len(self.attached):
+            rank_zero_warn(
+                f"The checkpoint has gradient noise of {len(states)} optimizers, and there are {len(self.attached)}:"
+                " their noise starts anew, at t = 0."
+            )
+            return
+        for (_, _, handle), state in zip(self.attached, states, strict=True):
+            if seed is not None and state["seed"] != seed:
+                rank_zero_warn(
+                    f"GradientNoise(seed={seed}) goes on from a checkpoint with seed {state['seed']}: the noise"
+                    " continues at its t with the new seed. Use seed=None for the checkpoint's."
+                )
+                state = {**state, "seed": seed}
+            handle.load_state_dict(state)
 
     def remove(self) -> None:
         """Take the noise off all optimizers."""

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_noisy.callbacks._logging import log_scalars, logging_step
+from lightning_noisy.callbacks._lightning_internals import logging_step
+from lightning_noisy.callbacks._logging import log_scalars
 from lightning_noisy.monitoring.recorder import ActivationRecorder
 
 __all__ = ["ActivationMonitor"]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,7 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_noisy.callbacks import _checkpoints
 from lightning_noisy.callbacks._horizon import resolved
-from lightning_noisy.callbacks._logging import log_scalars, logging_step
+from lightning_noisy.callbacks._lightning_internals import copies_model, is_compiled, logging_step
+from lightning_noisy.callbacks._logging import log_scalars
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
@@ -29,6 +31,11 @@ from lightning_noisy.replacement.sites import ActivationSite
 from lightning_noisy.schedules import Schedule
 
 __all__ = ["ActivationReplacement"]
+
+# They copy the model in `setup`. The second came with lightning 2.5.5.
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class ActivationReplacement(pl.Callback):
@@ -112,7 +119,7 @@ class ActivationReplacement(pl.Callback):
         present = set(pl_module.modules())
         if self._is_done(pl_module) and all(each() in present for each in self._own):
             return
-        if getattr(pl_module, "_compiler_ctx", None) is not None:
+        if is_compiled(pl_module):
             raise MisconfigurationException(
                 "The model is compiled already. Call replace_activations(model, ...) before torch.compile(model), and"
                 " leave out ActivationReplacement."
@@ -120,7 +127,8 @@ class ActivationReplacement(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if callback is self:
                 break
-            if getattr(callback, "_average_model", None) is not None:
+            held = vars(callback).values() if isinstance(callback, _AVERAGING) else ()
+            if any(isinstance(each, torch.nn.Module) for each in held):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} has copied the model before its activations are replaced. Put"
                     " ActivationReplacement before it in the list of callbacks."
@@ -173,7 +181,7 @@ class ActivationReplacement(pl.Callback):
         made = set(own) - set(before.values())
         self._fresh += [weakref.ref(each) for each in made]
         self._replaced = weakref.ref(pl_module)
-        if made and getattr(trainer.strategy.launcher, "_start_method", None) is not None:
+        if made and copies_model(trainer):
             raise MisconfigurationException(
                 "The Trainer starts processes that train copies of the model, and swaps the activations there: those of"
                 " the model itself, which gets the trained weights, would be the plain ones. Call"

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_noisy._torch_internals import unscales_in_step
 from lightning_noisy.callbacks._horizon import resolved
-from lightning_noisy.callbacks._logging import is_logging_due, log_hyperparameters, log_scalars, logging_step
+from lightning_noisy.callbacks._lightning_internals import is_logging_due, logging_step
+from lightning_noisy.callbacks._logging import log_hyperparameters, log_scalars
 from lightning_noisy.callbacks._noise_watch import NoiseWatch
 from lightning_noisy.callbacks._noisy_optimizers import Attached, NoisyOptimizers
 from lightning_noisy.gradient_noise.handle import (
@@ -223,8 +225,7 @@ class GradientNoise(pl.Callback):
         try:
             self._follow(trainer)
             self._following = register_optimizer_step_pre_hook(follow)
-            if self._restored is not None:
-                self._restore(self._restored)
+            self._restore(self._restored)
         except BaseException:
             self._detach()
             raise
@@ -266,7 +267,7 @@ class GradientNoise(pl.Callback):
         if not pl_module.automatic_optimization:
             return  # users clip before they step, and this comes with the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and unscales_in_step(optimizer):
             return  # the gradients are still scaled, and Lightning doesn't clip them
         for each in self._handles:
             measured = each.optimizer is optimizer and each.handle.measuring
@@ -367,24 +368,10 @@ class GradientNoise(pl.Callback):
             self._logged_seed = self._handles[0].handle.seed
             log_hyperparameters(trainer, {f"gradient_noise_seed{self._suffix}": self._logged_seed})
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any] | None) -> None:
         self._restored = None
-        if not state["optimizers"]:
-            return  # written before there was a fit, by a tuner for one
-        if len(state["optimizers"]) != len(self._handles):
-            rank_zero_warn(
-                f"The checkpoint has gradient noise of {len(state['optimizers'])} optimizers, and there are"
-                f" {len(self._handles)}: their noise starts anew, at t = 0."
-            )
-            return
-        for (_, _, handle), saved in zip(self._handles, state["optimizers"], strict=True):
-            if self.seed is not None and saved["seed"] != self.seed:
-                rank_zero_warn(
-                    f"GradientNoise(seed={self.seed}) goes on from a checkpoint with seed {saved['seed']}: the noise"
-                    " continues at its t with the new seed. Use seed=None for the checkpoint's."
-                )
-                saved = {**saved, "seed": self.seed}
-            handle.load_state_dict(saved)
+        if state is not None and self._noisy is not None:
+            self._noisy.restore(state["optimizers"], self.seed)
 
     @property
     def _handles(self) -> list[Attached]:

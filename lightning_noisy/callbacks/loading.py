@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -148,7 +147,8 @@ def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], No
 
 def _is_within_a_model() -> bool:
     """Whether a model's own code is calling, such as one that loads its teacher while it is made."""
-    frame: Any = sys._getframe(2)
+    frame: Any = inspect.currentframe()
+    frame = frame.f_back.f_back  # the caller of load_state_dict
     while frame is not None and frame.f_code is not load_replaced.__code__:
         is_models = frame.f_code.co_name in ("__init__", "configure_model", "on_load_checkpoint")
         if is_models and isinstance(next(iter(frame.f_locals.values()), None), torch.nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_noisy.kernels.transforms import is_transforming
+from lightning_noisy._torch_internals import is_transforming
 
 __all__ = ["largest_slope", "slope", "value_and_slope", "works_in_place"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_noisy.gradient_noise.gradients import Fragment
 from lightning_noisy.gradient_noise.layout import ParameterFilter, padding_rows
 from lightning_noisy.gradient_noise.parameter_names import parameter_names, unwrapped
-from lightning_noisy.gradient_noise.plan import Fragment, Mark, NoisePlan
+from lightning_noisy.gradient_noise.plan import Mark, NoisePlan
 
 __all__ = ["FlatVectors", "base_optimizer", "fragments"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_noisy._torch_internals import amp_state
 from lightning_noisy.gradient_noise.deepspeed import FlatVectors, base_optimizer
 from lightning_noisy.gradient_noise.layout import Layout, OwnParameters, ParameterFilter
 from lightning_noisy.gradient_noise.norms import total_norm, wide_norm
@@ -224,11 +225,9 @@ class GradientNoiseHandle:
         if unchanged(self._marks):
             self._added = True
             return
-        # Set while a gradient scaler leaves the unscaling, and the skipping, to a fused step.
-        if (overflow := getattr(optimizer, "found_inf", None)) is not None and overflow.item():
+        scale, is_skipped = amp_state(optimizer)
+        if is_skipped:
             return
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else grad_scale.item()
         handles = _handles(optimizer)
         if handles[0] is self:  # measure for all before any adds its noise
             for handle in handles:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_noisy._torch_internals import WRAPPERS, uncompiled
+
 __all__ = ["parameter_names", "strip_wrappers", "unwrapped"]
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
-_WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:
     """A model without wrappers around it: of torch.compile, for data parallelism, and DeepSpeed's engine."""
     while True:
         wraps = isinstance(model, _PARALLEL) or type(model).__name__ == "DeepSpeedEngine"
-        inner = getattr(model, "module" if wraps else "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
+        inner = getattr(model, "module", None) if wraps else uncompiled(model)
+        if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
 
 
 def strip_wrappers(name: str) -> str:
     """A parameter's name without what wrappers of modules put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def parameter_names(model: nn.Module | None) -> dict[nn.Parameter, str]:

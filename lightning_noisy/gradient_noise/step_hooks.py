@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -76,6 +75,7 @@ class StepHooks:
         # A wrapper may also update the parameters by itself.
         if isinstance(wrapper, Optimizer) and wrapper is not optimizer and _has_hooks(wrapper):
             hooked += [wrapper] if _is_wrapped(type(wrapper).step) else []
+        self._hooked = [weakref.ref(each) for each in hooked]
         self._handles = [
             handle
             for each in hooked
@@ -96,7 +96,7 @@ class StepHooks:
         main = self._optimizer()
         assert main is not None
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if self._is_inside(sys._getframe(1)):
+        if self._is_inside():
             if not callable(closure):
                 self._gradients(main, True)
             return None
@@ -122,30 +122,24 @@ class StepHooks:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         main = self._optimizer()
-        if main is not None and not self._is_inside(sys._getframe(1)):
+        if main is not None and not self._is_inside():
             self._end(main)
 
-    def _is_inside(self, frame: FrameType) -> bool:
+    def _is_inside(self) -> bool:
         """Whether the call of torch's that has fired a hook is inside of another one for the same step.
 
         A subclass whose step() calls super().step() fires the hooks twice, as torch has wrapped both methods; so does a
         wrapper that calls the optimizer inside. (A flag would stay up after an exception, and a frame that is kept
         would keep alive what its callers hold.)
         """
+        frame: Any = inspect.currentframe()
+        frame = frame.f_back.f_back  # the hook's caller
         outer = frame.f_back
         while outer is not None:
-            if outer.f_code is frame.f_code and self in map(_owner, _pre_hooks(outer.f_locals.get("self"))):
+            if outer.f_code is frame.f_code and any(each() is outer.f_locals.get("self") for each in self._hooked):
                 return True
             outer = outer.f_back
         return False
-
-
-def _pre_hooks(optimizer: Any) -> list[Any]:
-    return list(optimizer._optimizer_step_pre_hooks.values()) if _has_hooks(optimizer) else []
-
-
-def _owner(hook: Any) -> Any:
-    return getattr(hook, "__self__", None)
 
 
 class _Backward:
@@ -172,7 +166,11 @@ class _Backward:
 
 
 def _has_hooks(optimizer: Any) -> bool:
-    return all(hasattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
 
 def _run_hooks(optimizer: Optimizer) -> None:

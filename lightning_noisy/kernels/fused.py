@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_noisy._torch_internals import is_transforming
 from lightning_noisy.kernels.gaussian import Key, draw_
-from lightning_noisy.kernels.transforms import is_transforming
 
 __all__ = [
     "FusedFunction",

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_noisy._torch_internals import is_transforming
 from lightning_noisy.kernels.build import CompileError, compiled
-from lightning_noisy.kernels.transforms import is_transforming
 
 __all__ = [
     "AddressRanges",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_noisy._torch_internals import is_recomputing
 from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.metrics.activation import ActivationStatistics
 from lightning_noisy.nn.normalized import NormalizedActivation
-from lightning_noisy.nn.recomputing import is_recomputing
 from lightning_noisy.replacement.sites import registered_activations
 
 __all__ = ["ActivationRecorder"]

@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_noisy._torch_internals import is_recomputing, metadata_of, recomputing
 from lightning_noisy.functional import noisy
 from lightning_noisy.functional.noisy import HARD, HardFunction
 from lightning_noisy.kernels import fused
 from lightning_noisy.kernels.gaussian import gaussian_like
-from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
 
@@ -154,7 +154,7 @@ class NoisyActivation(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Beside the values, as the version of a module is: c is no value of a network that was trained with none. While
         # a model is traced its tensors have no values.
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        metadata = (metadata_of(destination) or {}).get(prefix[:-1])
         if metadata is not None and type(self.c) is Tensor and not self.c.is_meta:
             metadata["c"] = self.c.item()
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_noisy._torch_internals import is_recomputing, recomputing
 from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.slopes import slope, value_and_slope, works_in_place
 from lightning_noisy.kernels import fused
 from lightning_noisy.nn.normalized_sweep import NormalizedSweep
-from lightning_noisy.nn.recomputing import is_recomputing, recomputing
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_noisy.nn.recomputing import is_recomputing
+from lightning_noisy._torch_internals import is_recomputing
 from lightning_noisy.replacement.call_finder import (
     ENTRIES,
     NAME,

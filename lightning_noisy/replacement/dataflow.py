@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_noisy._torch_internals import tree_leaves
 from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.snapshot import Contents
 
-__all__ = ["MOVES", "Probe", "Seen", "call", "observe", "trace"]
+__all__ = ["BATCH_NORMS", "MOVES", "Probe", "Seen", "call", "observe", "trace"]
 
 # What moves numbers about without changing them.
 MOVES = {
@@ -44,6 +43,8 @@ _SCALE = (
 )
 _SCALE |= {Tensor.__sub__, Tensor.__rsub__, torch.rsub, operator.neg, torch.neg, Tensor.neg, Tensor.__neg__}
 _PASSIVE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -150,7 +151,7 @@ class _Watch(TorchFunctionMode):
             self._running.append(module)
 
     def after(self, module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             self._norms[id(output)] = module
             self._alive.append(output)
         if self._running and self._running[-1] is module:
@@ -306,7 +307,7 @@ def trace(owner: nn.Module) -> bool:
         previous = node.args[0] if node.args else None
         if isinstance(previous, fx.Node) and previous.op == "call_module":
             module = owner.get_submodule(str(previous.target))
-            seen.batch_norm = module if isinstance(module, _BatchNorm) else None
+            seen.batch_norm = module if isinstance(module, BATCH_NORMS) else None
     return True
 
 

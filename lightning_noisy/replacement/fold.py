@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_noisy._torch_internals import HOOKS, tree_leaves
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.replacement.dataflow import MOVES, call
@@ -179,7 +179,7 @@ class _Uses(TorchFunctionMode):
     def plan(self, name: str) -> list[nn.Module] | str:
         """The layers that take in the site's constants, or why none can."""
         site, layers = self.sites[name], self._layers[name]
-        if site._forward_hooks or site._forward_pre_hooks:
+        if any(getattr(site, name) for name in HOOKS):
             return "it has hooks"
         if site.instance_dims is not None:
             return "each instance has its own statistics"

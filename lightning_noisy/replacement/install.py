@@ -7,23 +7,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_noisy._torch_internals import HOOKS
 from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
-__all__ = ["HOOKS", "place"]
-
-# What hooks on a module consist of.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+__all__ = ["place"]
 
 
 def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module], record: Record) -> None:

@@ -6,6 +6,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,29 +25,28 @@ def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     if not new:
         return
     before = set(model.parameters()) - new
-    looks = [id(None)]  # Lightning wraps optimizers by a class of theirs that shares their hooks
+    look = _Look(model, new)
     for optimizer in _optimizers():
-        hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)  # None of wrappers: what they wrap has them
-        if id(hooks) not in looks and not _trained([optimizer]).isdisjoint(before):
-            looks.append(id(hooks))
-            _Look(optimizer, model, new)
+        if not _trained([optimizer]).isdisjoint(before):
+            with suppress(AttributeError):  # of wrappers without hooks: what they wrap has them
+                optimizer.register_step_post_hook(look)
 
 
 class _Look:
-    """One look at an optimizer, after its first step at which the new parameters have gradients."""
+    """One look at each new parameter, after the first step of an optimizer at which it has a gradient."""
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, new: Iterable[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, new: Iterable[nn.Parameter]) -> None:
         self.model = weakref.ref(model)
         self.new = weakref.WeakSet(new)
-        optimizer.register_step_post_hook(self)  # which a hook can't remove while they are called
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         model = self.model()
-        if torch.compiler.is_compiling() or model is None or all(each.grad is None for each in self.new):
+        used = [] if torch.compiler.is_compiling() or model is None else [p for p in self.new if p.grad is not None]
+        if model is None or not used:
             return
-        untrained = set(self.new) - _trained(_optimizers())
-        self.new.clear()
-        names = [name for name, each in model.named_parameters() if each in untrained and each.grad is not None]
+        untrained = set(used) - _trained(_optimizers())
+        self.new.difference_update(used)
+        names = [name for name, each in model.named_parameters() if each in untrained]
         if not names or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             return
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_noisy._torch_internals import metadata_of, set_metadata, versions
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.replacement.call_finder import NAME
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
+from lightning_noisy.replacement.dataflow import BATCH_NORMS
 from lightning_noisy.replacement.origin import Origin, computes
 from lightning_noisy.replacement.policy import Policy
 
@@ -162,7 +163,7 @@ class Record:
                 values = [] if present is None else [*present.parameters(), *present.buffers()]
                 if (like := next((each for each in values if each.is_floating_point()), None)) is not None:
                     before.to(like.device, like.dtype)
-                if isinstance(present, _BatchNorm) and isinstance(before, _BatchNorm):  # the one without weights
+                if isinstance(present, BATCH_NORMS) and isinstance(before, BATCH_NORMS):  # the one without weights
                     before._buffers.update(present._buffers)
                 within._modules[key] = before.train(within.training)
             else:
@@ -259,8 +260,9 @@ def _named(what: Sequence[str] | None) -> str:
     return f"{what[0]} ({what[1]})" if what is not None else "not replaced"
 
 
-def _save(model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    describe(model, state_dict._metadata, prefix)  # type: ignore[attr-defined]
+def _save(model: nn.Module, state_dict: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    if (metadata := metadata_of(state_dict)) is not None:
+        describe(model, metadata, prefix)
 
 
 def _load(
@@ -274,7 +276,7 @@ def _load(
     _errors: list[str],
 ) -> None:
     # Only the outermost module sees all metadata.
-    saved = saved_replacements({"": metadata} if prefix else getattr(state_dict, "_metadata", {}))
+    saved = saved_replacements({"": metadata} if prefix else metadata_of(state_dict) or {})
     if saved and (text := difference(model, saved_sites(saved))):
         # An error unless loading isn't strict, and what torch says first.
         missing.insert(0, f"\n\n    {text}\n\n    ")
@@ -289,14 +291,14 @@ def _save_checkpoint(model: Any, own: Callable[[Any], None] | None, checkpoint: 
         return
     # With a replacement's own keys, so that wherever it is loaded, that takes it off. Errors name keys in their order.
     marked = OrderedDict({f"{first}.{MARKER}": torch.zeros(()), **weights})
-    metadata = getattr(weights, "_metadata", None)
+    metadata = metadata_of(weights)
     if metadata is None:  # lost by a callback, such as WeightAveraging, or by a strategy
-        metadata = {path: {"version": getattr(module, "_version", 1)} for path, module in model.named_modules()}
+        metadata = versions(model)
         describe(model, metadata)
         for path, module in model.named_modules():
             if isinstance(module, NoisyActivation):
                 metadata[path]["c"] = module.c.item()
-    marked._metadata = metadata  # type: ignore[attr-defined]
+    set_metadata(marked, metadata)
     checkpoint["state_dict"] = marked
 
 

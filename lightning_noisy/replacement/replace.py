@@ -10,15 +10,15 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_noisy._torch_internals import HOOKS, LOAD_HOOKS, uncompiled
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.replacement.batch_norm import buffer, strip
-from lightning_noisy.replacement.install import HOOKS, place
+from lightning_noisy.replacement.install import place
 from lightning_noisy.replacement.late_swap import watch
 from lightning_noisy.replacement.origin import Origin, fingerprint, written
 from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
@@ -113,7 +113,7 @@ def swap(
     """
     _check_replaceable(model)
     news = policy.call, policy.of_to  # before `to` is called, which may change it
-    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    inside = uncompiled(model)
     sites = activation_sites(inside, example_inputs)
     for reason in policy.unmatched(sites):
         warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
@@ -190,7 +190,7 @@ def restore_activations(model: nn.Module) -> nn.Module:
     >>> restore_activations(model)[1]
     ReLU()
     """
-    inside = model._orig_mod if isinstance(model, OptimizedModule) else model
+    inside = uncompiled(model)
     Record.of(inside, existing=True).undo(inside)
     return model
 
@@ -273,7 +273,7 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
         if isinstance(function, nn.Module):
             if hasattr(function, "inplace"):
                 function.inplace = False  # type: ignore[assignment]
-            for hooks in (*HOOKS, "_load_state_dict_pre_hooks"):  # they are the new module's
+            for hooks in (*HOOKS, LOAD_HOOKS):  # they are the new module's
                 setattr(function, hooks, type(getattr(function, hooks))())
         return registry.create(name, function=function, **options)
     if isinstance(new, str):

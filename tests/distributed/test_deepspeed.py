@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_noisy import add_gradient_noise
 from lightning_noisy.gradient_noise.deepspeed import base_optimizer, fragments
-from lightning_noisy.gradient_noise.plan import Fragment
+from lightning_noisy.gradient_noise.gradients import Fragment
 from lightning_noisy.schedules import FollowLR
 
 HERE = Path(__file__).parent

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_noisy.gradient_noise.gradients import _strides, _windows
 from lightning_noisy.gradient_noise.norms import total_norm
-from lightning_noisy.gradient_noise.plan import NoisePlan, _Batch, _most_at_once, _strides, _windows
+from lightning_noisy.gradient_noise.plan import NoisePlan, _Batch, _most_at_once
 from lightning_noisy.kernels.gaussian import add_gaussian_, stream_key, substream
 
 pytestmark = pytest.mark.usefixtures("any_kernel")
