@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -395,3 +396,45 @@ class Gates(nn.Module):
         scaled = 2 * torch.sigmoid(self.two(x))
         indexed = torch.sigmoid(self.three(x))[:, :1]
         return self.limit * torch.tanh(first * x + second + scaled * x + indexed * x)
+
+
+IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+MODELS = {
+    "resnet": (ResNet, IMAGE),
+    "inception": (lambda: Inception(blocks=1), IMAGE),
+    "gated": (GatedFeedForward, ROWS),
+    "squeeze": (SqueezeExcite, ROWS),
+    "shared": (Shared, ROWS),
+    "loop": (Loop, ROWS),
+    "loop of one": (LoopOfOne, ROWS),
+    "everything": (Everything, ROWS),
+    "checkpointed": (lambda: Checkpointed(use_reentrant=False), ROWS),
+    "reentrant": (lambda: Checkpointed(use_reentrant=True), ROWS),
+    "function": (lambda: FeedForward(torch.tanh), ROWS),
+    "foreign": (lambda: FeedForward(NewGELU()), ROWS),
+    "own": (lambda: FeedForward(QuickGELU()), ROWS),
+    "transformer": (lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), ROWS[None]),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, activation="gelu"), 2),
+        ROWS[None],
+    ),
+}
+
+
+def made(name):
+    """A model of the table, the same at each call, and its input."""
+    torch.manual_seed(0)
+    make, x = MODELS[name]
+    return make(), x.clone().requires_grad_()
+
+
+def itself(site):
+    """A replacement that changes nothing."""
+    return copy.deepcopy(site.module)
+
+
+def replaced(model, cls):
+    """The modules of a class in a model."""
+    return [module for module in model.modules() if isinstance(module, cls)]

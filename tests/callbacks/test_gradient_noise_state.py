@@ -318,3 +318,73 @@ def test_the_logged_seed_is_the_one_of_a_checkpoint_that_is_restored_late(tmp_pa
     trainer = quiet_trainer(callbacks=[GradientNoise(), SaveAt("", 0)], strategy=Late("cpu"), logger=logger)
     trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "last.ckpt")
     assert logger.experiment.hparams["gradient_noise_seed"] == 7
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"optimizers": None},
+        {"optimizers": [{"seed": 0, "stream": "0.0", "step": 3}, {"seed": 0, "stream": "0.0", "step": -1}]},
+        {"optimizers": [{"seed": 0, "stream": "0.0"}]},
+        {"optimizers": [{"seed": "0", "stream": "0.0", "step": 1}]},
+        {"optimizers": [{"seed": 0, "stream": None, "step": 1}]},
+        {"optimizers": [{"seed": 0, "stream": "0.0", "step": "1"}]},
+        {"optimizers": ["0"]},
+        "0",
+    ],
+)
+def test_a_state_that_is_none_is_refused_and_changes_nothing(state):
+    callback = GradientNoise(eta=1.0, seed=0)
+    messages = []
+
+    class Loads(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            with pytest.raises(ValueError, match=r"has a state of \{") as caught:
+                callback.load_state_dict(state)
+            messages.append(str(caught.value))
+
+    with pytest.raises(ValueError, match="has a state of"):
+        callback.load_state_dict(state)
+    fit(model := Flat(100), [callback, Loads()])
+    fit(plain := Flat(100), [GradientNoise(eta=1.0, seed=0)])
+    assert torch.equal(model.w, plain.w)
+    assert len(messages) == 4
+    assert all("\n" not in message for message in messages)
+
+
+def test_the_state_of_another_callback_is_not_taken(tmp_path):
+    class GradientNoiseScale(L.Callback):
+        def state_dict(self):
+            return {"scale": 1.0}
+
+    fit(Flat(10), [GradientNoiseScale()]).save_checkpoint(tmp_path / "other.ckpt")
+    trainer = quiet_trainer(callbacks=[GradientNoise(seed=0), GradientNoiseScale()], max_epochs=2)
+    with pytest.warns(UserWarning, match="was written without GradientNoise: its noise starts at t = 0"):
+        trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(("writes", "reads"), [(0, 1), (1, 0), (1, 1)])
+def test_a_subclass_and_its_base_find_each_others_state(tmp_path, writes, reads):
+    class Mine(GradientNoise):
+        pass
+
+    classes = [GradientNoise, Mine]
+    fit(Flat(10), [classes[writes](seed=0)]).save_checkpoint(tmp_path / "base.ckpt")
+    callback = classes[reads](seed=0)
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=2)
+    trainer.fit(Flat(10), loader(batches(4)), ckpt_path=tmp_path / "base.ckpt")  # warnings are errors
+    assert callback.state_dict()["optimizers"][0]["step"] == 8
+
+
+@pytest.mark.parametrize("names", [("", "0"), ("noise0", "", ""), ("", "noise0", ""), ("#0", "", "0")])
+def test_instances_never_share_a_stream_or_a_tag(names):
+    callbacks = [GradientNoise(eta=0.1 * (i + 1), seed=0, name=name) for i, name in enumerate(names)]
+    trainer = fit(Flat(10), callbacks)
+    streams = [callback.state_dict()["optimizers"][0]["stream"] for callback in callbacks]
+    assert len(set(streams)) == len(names)
+    tags = [tag for tag in trainer.callback_metrics if tag.startswith("gradient_noise/std")]
+    assert len(tags) == len(names)
+    for callback, name in zip(callbacks, names, strict=True):
+        assert not name or f"gradient_noise/std/{name}" in tags
+        assert callback.name == name

@@ -6,7 +6,10 @@ import pickle
 import pytest
 import torch
 from patterns import (
+    IMAGE,
+    MODELS,
     REGISTRY,
+    ROWS,
     BasicConv,
     CallCounter,
     Checkpointed,
@@ -15,57 +18,25 @@ from patterns import (
     GatedFeedForward,
     Gates,
     GoesThroughChildren,
-    Inception,
     Loop,
     LoopInside,
-    LoopOfOne,
-    NewGELU,
     OneOfThem,
     QuickGELU,
     Remembering,
     ResNet,
-    Shared,
     SqueezeExcite,
     Swapped,
+    itself,
+    made,
+    replaced,
 )
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy import activation_sites, replace_activations, restore_activations
-from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
-from lightning_noisy.replacement import call_finder, call_redirect
 
-IMAGE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 EVERYTHING = {"gates": True, "outputs": True, "after_residual": True}
-
-MODELS = {
-    "resnet": (ResNet, IMAGE),
-    "inception": (lambda: Inception(blocks=1), IMAGE),
-    "gated": (GatedFeedForward, ROWS),
-    "squeeze": (SqueezeExcite, ROWS),
-    "shared": (Shared, ROWS),
-    "loop": (Loop, ROWS),
-    "loop of one": (LoopOfOne, ROWS),
-    "everything": (Everything, ROWS),
-    "checkpointed": (lambda: Checkpointed(use_reentrant=False), ROWS),
-    "reentrant": (lambda: Checkpointed(use_reentrant=True), ROWS),
-    "function": (lambda: FeedForward(torch.tanh), ROWS),
-    "foreign": (lambda: FeedForward(NewGELU()), ROWS),
-    "own": (lambda: FeedForward(QuickGELU()), ROWS),
-    "transformer": (lambda: nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), ROWS[None]),
-    "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, activation="gelu"), 2),
-        ROWS[None],
-    ),
-}
-
-
-def made(name):
-    torch.manual_seed(0)
-    make, x = MODELS[name]
-    return make(), x.clone().requires_grad_()
 
 
 def run(model, x):
@@ -77,14 +48,6 @@ def run(model, x):
     y.square().sum().backward()
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     return y.detach(), x.grad, gradients
-
-
-def itself(site):
-    return copy.deepcopy(site.module)
-
-
-def replaced(model, cls):
-    return [module for module in model.modules() if isinstance(module, cls)]
 
 
 @pytest.mark.parametrize("observed", [True, False])
@@ -294,16 +257,6 @@ def test_gates_outputs_and_sums_stay_by_default():
     assert len(replaced(replace_activations(head, "nsw", outputs=True), NSwish)) == 2
 
 
-def test_a_child_that_stays_at_one_use_and_goes_at_the_other_keeps_both():
-    model = replace_activations(ResNet(), "nsw")
-    block = model.layer1[0]
-    assert type(block.relu) is NSwish
-    assert type(block.activation_calls["relu#2"]) is nn.ReLU
-    other = replace_activations(ResNet(), "nsw", include="*#2", after_residual=True)
-    assert type(other.layer1[0].relu) is nn.ReLU
-    assert type(other.layer1[0].activation_calls["relu#2"]) is NSwish
-
-
 @pytest.mark.parametrize(
     ("options", "count"),
     [
@@ -358,71 +311,6 @@ def test_an_argument_known_only_when_it_runs_is_named():
     ]
     with pytest.warns(UserWarning, match="Not looked into: :leaky_relu#0: an argument"):
         replace_activations(Dynamic(), "nsw")
-
-
-def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
-    model = Inception(blocks=1)
-    structure = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
-    send, count = call_redirect.redirect_calls, []
-
-    def fails(owner, theirs):
-        count.append(owner)
-        if len(count) == 5:
-            raise call_finder.UnreadError("the fifth")
-        send(owner, theirs)
-
-    monkeypatch.setattr("lightning_noisy.replacement.install.redirect_calls", fails)
-    with pytest.raises(ValueError, match="can't be replaced: the fifth. Make them modules, or exclude"):
-        replace_activations(model, "nsw")
-    assert [(module, type(module), dict(module.__dict__)) for module in model.modules()] == structure
-
-
-def test_parameters_follow_dtype_and_freezing_of_their_owner():
-    model = Inception(blocks=1).double()
-    model.features.requires_grad_(False)
-    replace_activations(model, "nsw")
-    assert all(module.alpha.dtype == torch.float64 for module in replaced(model, NSwish))
-    assert not any(module.alpha.requires_grad for module in replaced(model, NSwish))
-    evaluated = replace_activations(Inception(blocks=1).eval(), "nsw")
-    assert not any(module.training for module in evaluated.modules())
-
-
-def test_stripped_batch_norms_keep_their_statistics_and_what_is_lost_is_said():
-    model = BasicConv(3, 4, kernel_size=3)
-    model(IMAGE)
-    expected = copy.deepcopy(model).eval()(IMAGE)
-    plain = copy.deepcopy(model)
-    replace_activations(plain, lambda site: nn.ReLU(inplace=True), batchnorm_affine="strip")
-    assert plain.bn.weight is None
-    assert torch.equal(plain.eval()(IMAGE), expected)
-    assert restore_activations(plain).bn.weight is not None
-    nn.init.constant_(model.bn.weight, 2.0)
-    with pytest.warns(UserWarning, match="Weight and bias of bn were trained, and are gone"):
-        replace_activations(model, "nsw", batchnorm_affine="strip")
-
-
-def test_a_batch_norm_goes_before_the_head():
-    model, _ = made("resnet")
-    keys = set(model.state_dict())
-    replace_activations(model, "nsw", buffer_batchnorm=True)
-    inputs = []
-    handle = model.fc.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    model(IMAGE)
-    handle.remove()
-    assert inputs[0].mean(0).abs().max() < 1e-3
-    assert keys < set(model.state_dict())
-    twin = pickle.loads(pickle.dumps(model))
-    assert torch.equal(twin.eval()(IMAGE), model.eval()(IMAGE))
-    restore_activations(model)
-    assert set(model.state_dict()) == keys
-    assert len(model.fc._forward_pre_hooks) == 0
-
-
-def test_a_layer_with_tokens_has_its_batch_norm_over_all_of_them():
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    replace_activations(model, "nsw", buffer_batchnorm="2")
-    model(torch.randn(3, 5, 6))
-    assert model[2].buffer.num_batches_tracked == 1
 
 
 @pytest.mark.filterwarnings("ignore:replace_activations.*left what is unresolved")
@@ -519,58 +407,3 @@ def test_a_class_that_is_extended_afterwards_is_not_taken_apart():
         restore_activations(model)
     assert model.weight.shape == (3, 3)
     assert model(ROWS).isfinite().all()
-
-
-def test_prelu_is_restored_with_the_dtype_of_the_model():
-    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "nsw").double()
-    assert restore_activations(model)(ROWS.double()).dtype == torch.float64
-
-
-def test_a_failing_option_leaves_no_hook():
-    model = ResNet()
-    with pytest.raises(ValueError, match="buffer_batchnorm"):
-        replace_activations(model, "nsw", buffer_batchnorm="head")
-    assert not model._load_state_dict_pre_hooks
-
-
-class UsedTwice(nn.Module):
-    """One activation that is called twice, the second time after a residual addition."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.act(self.first(x))
-        return self.second(self.act(y + x))
-
-
-@pytest.mark.parametrize("options", [{}, {"include": "act"}, {"include": "act#2", "after_residual": True}])
-def test_uses_of_a_module_have_hooks_of_their_own(options):
-    model = UsedTwice()
-    calls = []
-    model.act.register_forward_hook(lambda module, *_: calls.append("before"))
-    replace_activations(model, "nsw", example_inputs=torch.randn(3, 4), **options)
-    uses = [model.act, *model.activation_calls.values()]
-    assert len(uses) == 2
-    calls.clear()
-    for use, name in zip(uses, "ab", strict=True):
-        use.register_forward_hook(lambda module, *_, name=name: calls.append(name))
-    model(torch.randn(3, 4))
-    assert calls == ["before", "a", "before", "b"]
-
-
-def test_recorder_measures_each_use_of_a_module_by_itself():
-    model = replace_activations(UsedTwice(), "nsw", include="act")
-    recorder = ActivationRecorder(model)
-    x = torch.randn(64, 4)
-    seen = {}
-    for name, use in (("act", model.act), ("act#2", *model.activation_calls.values())):
-        use.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0], output)}))
-    with recorder, torch.no_grad():
-        model(x)
-    found = recorder.statistics.compute()
-    for name, (h, output) in seen.items():
-        h, output = h.double().numpy(), output.double().numpy()
-        assert found[f"rho/{name}"].item() == pytest.approx((output**2).mean() / h.var(), rel=1e-5)
-    assert found["rho/act"] != found["rho/act#2"]

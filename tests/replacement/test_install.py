@@ -1,0 +1,103 @@
+"""Modules in the places of activations."""
+
+import pytest
+import torch
+from patterns import ROWS, Inception, ResNet, replaced
+from torch import nn
+
+from lightning_noisy import replace_activations, restore_activations
+from lightning_noisy.monitoring.recorder import ActivationRecorder
+from lightning_noisy.nn import NSwish
+from lightning_noisy.replacement import call_finder, call_redirect
+
+
+def test_a_child_that_stays_at_one_use_and_goes_at_the_other_keeps_both():
+    model = replace_activations(ResNet(), "nsw")
+    block = model.layer1[0]
+    assert type(block.relu) is NSwish
+    assert type(block.activation_calls["relu#2"]) is nn.ReLU
+    other = replace_activations(ResNet(), "nsw", include="*#2", after_residual=True)
+    assert type(other.layer1[0].relu) is nn.ReLU
+    assert type(other.layer1[0].activation_calls["relu#2"]) is NSwish
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+    model = Inception(blocks=1)
+    structure = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+    send, count = call_redirect.redirect_calls, []
+
+    def fails(owner, theirs):
+        count.append(owner)
+        if len(count) == 5:
+            raise call_finder.UnreadError("the fifth")
+        send(owner, theirs)
+
+    monkeypatch.setattr("lightning_noisy.replacement.install.redirect_calls", fails)
+    with pytest.raises(ValueError, match="can't be replaced: the fifth. Make them modules, or exclude"):
+        replace_activations(model, "nsw")
+    assert [(module, type(module), dict(module.__dict__)) for module in model.modules()] == structure
+
+
+def test_parameters_follow_dtype_and_freezing_of_their_owner():
+    model = Inception(blocks=1).double()
+    model.features.requires_grad_(False)
+    replace_activations(model, "nsw")
+    assert all(module.alpha.dtype == torch.float64 for module in replaced(model, NSwish))
+    assert not any(module.alpha.requires_grad for module in replaced(model, NSwish))
+    evaluated = replace_activations(Inception(blocks=1).eval(), "nsw")
+    assert not any(module.training for module in evaluated.modules())
+
+
+def test_prelu_is_restored_with_the_dtype_of_the_model():
+    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "nsw").double()
+    assert restore_activations(model)(ROWS.double()).dtype == torch.float64
+
+
+def test_a_failing_option_leaves_no_hook():
+    model = ResNet()
+    with pytest.raises(ValueError, match="buffer_batchnorm"):
+        replace_activations(model, "nsw", buffer_batchnorm="head")
+    assert not model._load_state_dict_pre_hooks
+
+
+class UsedTwice(nn.Module):
+    """One activation that is called twice, the second time after a residual addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.act(self.first(x))
+        return self.second(self.act(y + x))
+
+
+@pytest.mark.parametrize("options", [{}, {"include": "act"}, {"include": "act#2", "after_residual": True}])
+def test_uses_of_a_module_have_hooks_of_their_own(options):
+    model = UsedTwice()
+    calls = []
+    model.act.register_forward_hook(lambda module, *_: calls.append("before"))
+    replace_activations(model, "nsw", example_inputs=torch.randn(3, 4), **options)
+    uses = [model.act, *model.activation_calls.values()]
+    assert len(uses) == 2
+    calls.clear()
+    for use, name in zip(uses, "ab", strict=True):
+        use.register_forward_hook(lambda module, *_, name=name: calls.append(name))
+    model(torch.randn(3, 4))
+    assert calls == ["before", "a", "before", "b"]
+
+
+def test_recorder_measures_each_use_of_a_module_by_itself():
+    model = replace_activations(UsedTwice(), "nsw", include="act")
+    recorder = ActivationRecorder(model)
+    x = torch.randn(64, 4)
+    seen = {}
+    for name, use in (("act", model.act), ("act#2", *model.activation_calls.values())):
+        use.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0], output)}))
+    with recorder, torch.no_grad():
+        model(x)
+    found = recorder.statistics.compute()
+    for name, (h, output) in seen.items():
+        h, output = h.double().numpy(), output.double().numpy()
+        assert found[f"rho/{name}"].item() == pytest.approx((output**2).mean() / h.var(), rel=1e-5)
+    assert found["rho/act"] != found["rho/act#2"]
