@@ -1,9 +1,9 @@
-"""The time of the activations, forward and backward, beside what people use otherwise.
+"""Time of the activations' forward and backward pass, compared with the usual alternatives.
 
     python benchmarks/activations.py
 
-On a batch of shape (128, 64, 32, 32) with two threads on the CPU; medians of rounds in which all of a line have their
-turn; ratios are those of the medians.
+On a batch of shape (128, 64, 32, 32) with two threads on the CPU; medians of rounds that call the functions
+of a line in turn; ratios are those of the medians.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def training(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) 
 
 
 def batch_norm(activation: nn.Module) -> nn.Module:
-    """The usual pair."""
+    """Batch normalization and an activation, the usual pair."""
     return nn.Sequential(nn.BatchNorm2d(SHAPE[1], affine=False), activation)
 
 
 def drawing(x: Tensor) -> Tensor:
-    """The least that noise and a hard tanh take: draw the numbers, and clip."""
+    """The minimum for noise and a hard tanh: draw the numbers, and clip."""
     torch.randn(x.shape)
     return nn.functional.hardtanh(x)
 
@@ -45,7 +45,7 @@ def drawing(x: Tensor) -> Tensor:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="times that each has its turn (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds (default: 15)")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(2)
     x, gradient = torch.randn(SHAPE), torch.randn(SHAPE)

@@ -1,9 +1,9 @@
-"""The time and the memory of gradient noise, beside the loop that most people write.
+"""Time and memory of gradient noise, compared with the usual loop.
 
     python benchmarks/gradient_noise.py
 
-The peer is `for p in params: p.grad.add_(torch.randn_like(p.grad) * std)`. Times are medians of rounds in which both
-have their turn, with two threads on the CPU; ratios are those of the medians.
+The peer is `for p in params: p.grad.add_(torch.randn_like(p.grad) * std)`. Times are medians of rounds that call
+both in turn, with two threads on the CPU; ratios are those of the medians.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parameters_of(sizes: list[int]) -> dict[str, nn.Parameter]:
 
 
 class Nothing(torch.optim.Optimizer):
-    """An optimizer that does nothing: its step takes the time of the noise."""
+    """An optimizer that does nothing, so that its step takes the time of the noise."""
 
     def __init__(self, params: Iterable[tuple[str, nn.Parameter]]) -> None:
         super().__init__(params, {})
@@ -52,7 +52,7 @@ class Nothing(torch.optim.Optimizer):
 
 
 def one_line(parameters: dict[str, nn.Parameter], std: float) -> None:
-    """The peer."""
+    """The usual loop."""
     for parameter in parameters.values():
         parameter.grad.add_(torch.randn_like(parameter.grad) * std)
 
@@ -64,7 +64,7 @@ def peak_mib() -> float:
 
 
 def measure(case: str, rounds: int) -> dict[str, float]:
-    """One case, meant for a process of its own: how torch's allocator fares depends on what was there before."""
+    """Measure one case, in a process of its own: the speed of torch's allocator depends on earlier allocations."""
     torch.set_num_threads(2)
     if case in CASES:
         parameters = parameters_of(CASES[case])
@@ -79,7 +79,7 @@ def measure(case: str, rounds: int) -> dict[str, float]:
         small, large = medians(*functions, rounds=rounds)
         return {"ratio": large / small}
     if case == "shards":
-        # What one of n processes does of 25 M elements in 60 tensors: the shard from the middle on.
+        # The share of one of n processes in 25 M elements in 60 tensors: a shard that starts in the middle.
         plans = []
         for n in (1, 2, 4):
             size = 25_000_000 // 60 // n
@@ -90,7 +90,7 @@ def measure(case: str, rounds: int) -> dict[str, float]:
     parameters = parameters_of([10_000_000] * 10)
     for parameter in parameters.values():
         parameter.grad.fill_(0.0)
-    NoisePlan(parameters_of([1 << 20])).add_noise([1.0], (0,), 0)  # what torch's threads take is not the noise's
+    NoisePlan(parameters_of([1 << 20])).add_noise([1.0], (0,), 0)  # excludes the memory of torch's threads
     before = peak_mib()
     NoisePlan(parameters).add_noise([1.0], (0,), 0)
     return {"MiB": peak_mib() - before}
@@ -99,7 +99,7 @@ def measure(case: str, rounds: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="times that each has its turn (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds (default: 15)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -115,7 +115,7 @@ def main() -> None:
         taken = {who: seconds / sum(sizes) * 1e9 for who, seconds in apart(name).items()}
         print(f"{name:<30}{taken['peer']:>12.2f}{taken['ours']:>12.2f}{taken['ours'] / taken['peer']:>8.2f}")
     print(f"\n50 M elements take {apart('linear')['ratio']:.2f} times as long as 25 M.")
-    print("One of n processes with n shards, n times its time over that of the whole:", apart("shards"))
+    print("n times the time of one of n shards, over the time of the whole:", apart("shards"))
     print(f"Extra peak memory at 100 M elements: {apart('memory')['MiB']:.1f} MiB")
 
 

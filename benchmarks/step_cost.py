@@ -1,8 +1,8 @@
-"""What each part adds to a training step, as ratios of times measured in turn in one run.
+"""Cost of each part in a training step, as ratios of times that are measured in turn in one run.
 
     python benchmarks/step_cost.py
 
-Two networks on the CPU, plain torch loops (no Trainer): the ratios are those of the parts themselves. The peers are
+Two networks on the CPU, plain torch loops (no Trainer), so the ratios show the parts alone. The baselines are
 the usual one-line gradient noise, and batch normalization without affine parameters before the activation.
 """
 
@@ -38,11 +38,11 @@ def convolutional(norm: bool = False) -> nn.Module:
 
 
 def step_of(model: nn.Module, before_step: Callable[[nn.Module], None] = lambda model: None) -> Callable[[], None]:
-    """A training step with SGD; `before_step` comes between backward and update."""
+    """A training step with SGD; `before_step` runs between backward pass and update."""
     x = torch.rand(64, 784, generator=torch.Generator().manual_seed(0))
     y = torch.randint(10, (64,), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    model.optimizer = optimizer  # for `engine_noise`
+    model.optimizer = optimizer  # for `variants`
 
     def step() -> None:
         optimizer.zero_grad()
@@ -54,14 +54,14 @@ def step_of(model: nn.Module, before_step: Callable[[nn.Module], None] = lambda 
 
 
 def one_line_noise(model: nn.Module) -> None:
-    """What most people write."""
+    """The usual loop."""
     for parameter in model.parameters():
         gradient: Tensor = parameter.grad
         gradient.add_(torch.randn_like(gradient) * 0.01)
 
 
 def variants(make: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
-    """The steps to compare, by name; the first is what the others are divided by."""
+    """The steps to compare, by name; times are divided by those of the first."""
     noisy = make()
     noisy_step = step_of(noisy)
     add_gradient_noise(noisy.optimizer, InverseDecay(), model=noisy)
@@ -92,7 +92,7 @@ def variants(make: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="times that every variant has its turn (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds (default: 20)")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(2)
     table: dict[str, list[float]] = {}

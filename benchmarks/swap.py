@@ -1,9 +1,9 @@
-"""What a swapped call site costs beyond its activation: a training step with each replaced by itself.
+"""Overhead of a swapped call site: a training step with each activation replaced by itself.
 
     python benchmarks/swap.py
 
-On two threads of the CPU. Each model is timed beside a copy whose activations have gone through `replace_activations`,
-in turn; ratios are medians over the pairs.
+On two threads of the CPU. Each model and a copy whose activations went through `replace_activations` are timed in
+turn; ratios are medians over the pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def step(model: nn.Module, x: Tensor) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41, help="times that each has its turn (default: 41)")
+    parser.add_argument("--rounds", type=int, default=41, help="number of rounds (default: 41)")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(2)
     images = torch.randn(16, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Times of functions that take turns, for all benchmarks."""
+"""Times of functions that are called in turn, shared by benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def medians(*functions: Callable[[], object], rounds: int) -> list[float]:
-    """Median times of functions that take turns; the first round warms up."""
+    """Median times of functions that are called in turn; the first round is a warm-up."""
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(rounds + 1):
         for function, taken in zip(functions, times, strict=True):

@@ -1,4 +1,4 @@
-"""The papers' figures of activations, drawn anew: derivatives, noise, and R-scores.
+"""Reproduces the papers' figures of activations: derivatives, noise, and R-scores.
 
 python examples/activations.py [--out activations.png]
 """
@@ -11,14 +11,14 @@ from lightning_noisy.plots import plot_activation, plot_r_scores
 
 
 def main() -> None:
-    """Draw the three."""
+    """Draw the three figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="activations.png", help="file for the picture (default: %(default)s)")
     out = parser.parse_args().out
     figure, (derivatives, noise, scores) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name in ("tanh", "sigmoid", "hardtanh", "relu"):
         plot_activation(name, derivative=True, axes=derivatives)
-    hard_sigmoid = {"function": "sigmoid", "label": "hard sigmoid of slope 1/4"}  # torch's has 1/6
+    hard_sigmoid = {"function": "sigmoid", "label": "hard sigmoid of slope 1/4"}  # torch's has slope 1/6
     plot_activation("nan(alpha=1, c=0)", derivative=True, axes=derivatives, **hard_sigmoid)
     derivatives.set_title("Derivatives")
     derivatives.legend(fontsize="small", loc="upper left")

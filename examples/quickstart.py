@@ -2,8 +2,8 @@
 
 1. The rescue: ten ReLU layers whose weights all start at zero, trained with SGD, with and without
    `GradientNoise`.
-2. The swap: twenty ReLU layers in Xavier's initialization, each of which passes on about half of the signal,
-   as they are and with `replace_activations(model, "nsw")`, both under `ActivationMonitor`.
+2. The swap: twenty ReLU layers with Xavier's initialization, each of which passes on about half of the signal,
+   unchanged and with `replace_activations(model, "nsw")`, both with `ActivationMonitor`.
 
 Run it with `make demo`, or `python examples/quickstart.py --help` for the options.
 """
@@ -93,7 +93,7 @@ def load_digits() -> Data:
 
 
 def load_mnist(folder: Path) -> Data:
-    """The idx files of MNIST, as they are or gzipped."""
+    """MNIST from its idx files, plain or gzipped."""
     if not folder.is_dir():
         raise SystemExit(f"--data: {folder} is not a directory.")
     parts = []
@@ -132,7 +132,7 @@ def read_idx(folder: Path, name: str) -> Tensor:
 
 
 class ProgressLine(L.Callback):
-    """One line a run, written anew in place; a plain line every quarter where the output is no terminal."""
+    """One line per run, updated in place; if the output is not a terminal, one line per quarter of the run."""
 
     def __init__(self, name: str):
         self.name = name
@@ -148,14 +148,14 @@ class ProgressLine(L.Callback):
 
 @dataclass
 class Run:
-    """A training run, and the curves that it left in its TensorBoard file."""
+    """A training run, and the curves in its TensorBoard file."""
 
     name: str
     folder: Path
 
     @property
     def label(self) -> str:
-        """The name without that of its half."""
+        """The name without its first word, rescue or swap."""
         return self.name.split(" ", 1)[1]
 
     @cached_property
@@ -179,7 +179,7 @@ def train(name: str, model: Classifier, data: Data, steps: int, out: Path, callb
     draws = RandomSampler(data.train, replacement=True, num_samples=steps * BATCH_SIZE)
     batches = BatchSampler(draws, BATCH_SIZE, drop_last=True)  # indexes the tensors a batch at a time
     logger = TensorBoardLogger(out, name=None, version=name.replace(" ", "-"), default_hp_metric=False)
-    shutil.rmtree(logger.log_dir, ignore_errors=True)  # of an earlier demo: its curves would mix with ours
+    shutil.rmtree(logger.log_dir, ignore_errors=True)  # curves of an earlier run would mix with these
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -216,7 +216,7 @@ def rescue(data: Data, steps: int, out: Path, seed: int = 0) -> list[Run]:
 
 
 def swap(data: Data, steps: int, out: Path, seed: int = 0) -> list[Run]:
-    """Xavier's initialization, with and without normalized Swish in the place of ReLU."""
+    """Xavier's initialization, with and without normalized Swish instead of ReLU."""
     runs = []
     for name, activation in {"swap plain relu": None, "swap nsw": "nsw"}.items():
         L.seed_everything(seed, verbose=False)
@@ -231,7 +231,7 @@ def swap(data: Data, steps: int, out: Path, seed: int = 0) -> list[Run]:
 
 
 def print_tables(data: Data, rescued: list[Run], swapped: list[Run]) -> None:
-    """What came out, as text."""
+    """Print the results."""
     print(f"\nTest accuracy on {data.name}\n")
     for run in [*rescued, *swapped]:
         accuracy = run.curve("accuracy")[1]
@@ -249,7 +249,7 @@ def print_tables(data: Data, rescued: list[Run], swapped: list[Run]) -> None:
 
 
 def draw(rescued: list[Run], swapped: list[Run], path: Path) -> None:
-    """What came out, as a picture."""
+    """Plot the results."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -281,15 +281,13 @@ def draw(rescued: list[Run], swapped: list[Run], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="idx files of MNIST, instead of scikit-learn's digits")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="idx files of MNIST, in place of scikit-learn's digits"
+        "--out", type=Path, default=Path("quickstart_logs"), metavar="DIR", help="for the logs and the picture"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("quickstart_logs"), metavar="DIR", help="for logs and the picture"
-    )
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that it runs, not more")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the batches and the noise")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more don't pay with layers this small")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the steps, only to check that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights, the batches and the noise")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more don't help with layers this small")
     options = parser.parse_args()
     if options.out.exists() and not options.out.is_dir():
         raise SystemExit(f"--out: {options.out} is not a directory.")
@@ -298,7 +296,7 @@ def main() -> None:
     if options.threads < 1:
         raise SystemExit(f"--threads: {options.threads} is less than 1.")
     data = load_digits() if options.data is None else load_mnist(options.data)
-    # Lightning's remarks on idle hardware and loader workers, which are right, and beside the point here.
+    # Lightning's hints about idle hardware and loader workers don't matter here.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     torch.set_num_threads(options.threads)

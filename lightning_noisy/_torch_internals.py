@@ -1,6 +1,6 @@
-"""All that is used of torch's private interfaces, since no public one tells it: each behind one name.
+"""Private interfaces of torch that have no public equivalent, each behind one name.
 
-A test of each fails when torch changes it, and another when one is used elsewhere (tests/test_internals.py).
+Each has a test that fails when torch changes it; another test finds uses elsewhere (tests/test_internals.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "versions",
 ]
 
-# The dictionaries in which a module has the hooks on its calls; a replacement takes over those of what it replaces.
+# The dictionaries with a module's forward and backward hooks; a replacement takes over those of the original.
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -47,12 +47,12 @@ HOOKS = (
 )
 LOAD_HOOKS = "_load_state_dict_pre_hooks"
 
-# What torch.compile, Fabric, FSDP and activation checkpointing put into the names of parameters.
+# Parts that torch.compile, Fabric, FSDP and activation checkpointing add to the names of parameters.
 WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def is_transforming() -> bool:
-    """Whether a transform of ``torch.func`` runs: its tensors have no memory that can be written to.
+    """Whether a transform of ``torch.func`` is active: its tensors have no memory to write to.
 
     >>> torch.vmap(lambda x: x + is_transforming())(torch.zeros(2)), is_transforming()
     (tensor([1., 1.]), False)
@@ -61,19 +61,19 @@ def is_transforming() -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass is under way, so that this forward pass is activation checkpointing's second one.
+    """Whether a backward pass is running, so that this forward pass is a recomputation by activation checkpointing.
 
-    False while a compiler traces; :func:`recomputing` is to be asked in what it compiles.
+    False while a compiler traces; compiled code uses :func:`recomputing`.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.library.custom_op("lightning_noisy::recomputing", mutates_args=())
 def recomputing(like: Tensor) -> Tensor:
-    """The same as a 0-dimensional bool tensor, found out when compiled code runs.
+    """The same as a 0-dimensional bool tensor, evaluated when compiled code runs.
 
     Args:
-        like: on its device; that it is an argument keeps compilers from computing the result in advance.
+        like: gives the device; as an argument, it keeps compilers from constant-folding the result.
     """
     return torch.tensor(torch._C._current_graph_task_id() != -1, device=like.device)
 
@@ -84,37 +84,37 @@ def _(like: Tensor) -> Tensor:
 
 
 def metadata_of(state: Any) -> dict[str, dict[str, Any]] | None:
-    """What a state dict says of the module at each path, beside the values; None if it was lost."""
+    """The metadata of a state dict, by module path; None if it was lost."""
     return getattr(state, "_metadata", None)
 
 
 def set_metadata(state: Any, metadata: dict[str, dict[str, Any]]) -> None:
-    """Let a state dict, an ``OrderedDict``, say this."""
+    """Set the metadata of a state dict, an ``OrderedDict``."""
     state._metadata = metadata
 
 
 def versions(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a state dict of the model says before anything else is added: the version of each module's state."""
+    """The default metadata of the model's state dict: the version of each module."""
     return {path: {"version": module._version} for path, module in model.named_modules()}
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether it is more than shape and dtype, as all tensors are under ``FakeTensorMode``."""
+    """Whether a tensor has values, unlike those under ``FakeTensorMode``, with only shape and dtype."""
     return not isinstance(tensor, FakeTensor)
 
 
 def version(tensor: Tensor) -> int:
-    """How often it was changed in place; what raises it is public, ``torch.autograd.graph.increment_version``."""
+    """The number of in-place changes of a tensor; ``torch.autograd.graph.increment_version`` is the public setter."""
     return tensor._version
 
 
 def add_each(tensors: list[Tensor], others: list[Tensor]) -> None:
-    """Add to each tensor another one in place; one call for all, which of many small ones takes a tenth of the time."""
+    """Add ``others`` to ``tensors`` in place, in one call, which takes a tenth of the time for many small tensors."""
     torch._foreach_add_(tensors, others)
 
 
 def first_index(tensor: DTensor) -> tuple[int, ...]:
-    """Where in the whole the shard of this rank begins; strided shards (FSDP2 with tensor parallel), too."""
+    """The index in the full tensor where this rank's shard starts, also if strided (FSDP2 with tensor parallel)."""
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
@@ -125,14 +125,14 @@ def uncompiled(model: Any) -> Any:
 
 
 def amp_state(optimizer: Optimizer) -> tuple[float, bool]:
-    """By what gradients are multiplied at a step, and whether the step is to leave the parameters as they are.
+    """The factor by which gradients are still scaled in a step, and whether the step is skipped.
 
-    A gradient scaler leaves the unscaling, and the skipping, to fused optimizers, by attributes that it sets meanwhile.
+    A gradient scaler lets fused optimizers unscale and skip, through attributes that it sets during the step.
     """
     scale, overflow = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
     return 1.0 if scale is None else scale.item(), overflow is not None and bool(overflow.item())
 
 
 def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether it is one of those, whose gradients are still scaled before the step."""
+    """Whether an optimizer, such as a fused one, unscales gradients in its step."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,4 +1,4 @@
-"""Pictures of activations by their names; needs matplotlib (``pip install lightning_noisy[examples]``)."""
+"""Plots of activations by name; needs matplotlib (``pip install lightning_noisy[examples]``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _axes(axes: Axes | None) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
+        raise ImportError("Plots need matplotlib: pip install matplotlib.") from error
     return pyplot.subplots()[1]
 
 
@@ -41,19 +41,19 @@ def plot_activation(
     """Draw an activation, as in Fig. 1 (derivatives) and 4 (noise) of Gulcehre et al. (2016).
 
     Args:
-        name: a name of :func:`lightning_noisy.nn.registry.names`, with options if need be: ``"nah(alpha=1.15, c=2)"``.
-        function: what a noisy name has the hard version of, and ``"normalized"`` normalizes.
-        label: in the legend; by default the name.
-        derivative: draw the derivative in its place.
+        name: a name of :func:`lightning_noisy.nn.registry.names`, optionally with options: ``"nah(alpha=1.15, c=2)"``.
+        function: the function whose hard version a noisy name uses, or that ``"normalized"`` normalizes.
+        label: label in the legend; by default the name.
+        derivative: draw the derivative instead.
         reach: the input goes from ``-reach`` to ``reach``, > 0.
-        draws: of a noisy activation, as many points of noise are drawn, too, >= 0. p is 1.
+        draws: number of noisy points to add for a noisy activation, whose p is 1; >= 0.
         axes: where to draw; by default in a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: if matplotlib is not there.
+        ImportError: if matplotlib is not installed.
         ValueError: if the name is unknown.
     """
     axes = _axes(axes)
@@ -79,7 +79,7 @@ def plot_r_scores(names: Iterable[str], *, sigmas: Sequence[float] | None = None
     """Draw the R-scores over the input's standard deviation, as in Fig. 2 of Yuan et al. (2022).
 
     Args:
-        names: names of :func:`lightning_noisy.nn.registry.names`; p of noisy ones is 1.
+        names: names of :func:`lightning_noisy.nn.registry.names`; noisy ones have p = 1.
         sigmas: standard deviations, > 0; by default 40 from 0.1 to 10.
         axes: where to draw; by default in a new figure.
 
@@ -87,7 +87,7 @@ def plot_r_scores(names: Iterable[str], *, sigmas: Sequence[float] | None = None
         The axes.
 
     Raises:
-        ImportError: if matplotlib is not there.
+        ImportError: if matplotlib is not installed.
         ValueError: if a name is unknown, or a standard deviation not > 0.
     """
     axes = _axes(axes)

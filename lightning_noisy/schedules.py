@@ -1,13 +1,13 @@
-"""Schedules: how the scale of a noise changes with the step.
+"""Schedules: the scale of noise as a function of the step.
 
 A schedule is a frozen dataclass that maps a step, counted from 0, to the **standard deviation** of the
-noise at that step: ``schedule(step) -> float``. Schedules are values: they compare, pickle and print.
+noise at that step: ``schedule(step) -> float``. Schedules are values: they can be compared, pickled and printed.
 
-Some run towards a horizon, ``steps``. With ``steps="auto"`` it is the number of optimizer steps that the Trainer
-expects to take; elsewhere :meth:`~BaseSchedule.resolved` fills it in. ``FollowLR`` and ``Langevin`` depend on the
-optimizer's learning rate, which is filled in at each step. ``Piecewise`` and ``Warmup`` compose others.
+Some have a horizon, ``steps``. With ``steps="auto"`` it is the Trainer's estimated number of optimizer steps; without
+a Trainer, :meth:`~BaseSchedule.resolved` sets it. ``FollowLR`` and ``Langevin`` depend on the optimizer's learning
+rate, which is read at each step. ``Piecewise`` and ``Warmup`` compose others.
 
-All are in this one long file: a class each, of which most is documentation.
+This file is long because each class is mostly documentation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Schedule(Protocol):
 
 
 class BaseSchedule:
-    """What the schedules of this module share: what is open in them can be asked for, and filled in."""
+    """Base class of the schedules: tells whether a horizon or learning rate is missing, and fills it in."""
 
     def __call__(self, step: int, /) -> float:
         """Return σ at ``step``."""
@@ -69,7 +69,7 @@ class BaseSchedule:
         return [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
 
     def resolved(self: Self, total: int) -> Self:
-        """The schedule with ``total`` steps in the place of ``"auto"``.
+        """The schedule with ``"auto"`` replaced by ``total`` steps.
 
         >>> Linear(1.0).resolved(10)
         Linear(start=1.0, end=0.0, steps=10)
@@ -79,7 +79,7 @@ class BaseSchedule:
         return self
 
     def with_lr(self, lr: float) -> BaseSchedule:
-        """The schedule at a learning rate, which makes no difference to those that don't follow it.
+        """The schedule at a learning rate; unchanged if it doesn't follow the learning rate.
 
         >>> FollowLR(0.5).with_lr(0.1)
         Constant(std=0.05)
@@ -97,7 +97,7 @@ def _check_non_negative(name: str, value: object, zero_means: str = "") -> None:
 
 
 def check_schedule(name: str, schedule: object) -> None:
-    """Raise a TypeError that says ``name`` unless ``schedule`` is a function of the step."""
+    """Raise a TypeError that contains ``name`` unless ``schedule`` is a callable and not a class."""
     if inspect.isclass(schedule):
         raise TypeError(f"{name} must be a schedule, got the class {schedule.__name__}. Use {schedule.__name__}(...).")
     if not callable(schedule):
@@ -113,9 +113,9 @@ def _check_steps(value: object) -> None:
 
 
 def _progress(step: int, steps: Horizon) -> float:
-    """The share of the way to the horizon, in [0, 1]."""
+    """The fraction of the horizon that has passed, in [0, 1]."""
     if steps == "auto":
-        raise ValueError('steps="auto" is open. Give a number, use GradientNoise, or call resolved(total) before.')
+        raise ValueError('steps="auto" is open. Give a number, use GradientNoise, or call resolved(total) first.')
     return min(step / steps, 1.0)
 
 
@@ -248,7 +248,7 @@ class Exponential(BaseSchedule):
 
     def __post_init__(self) -> None:
         _check_non_negative("start", self.start, "to switch the noise off")
-        _check_non_negative("rate", self.rate, "for noise in the first step alone")
+        _check_non_negative("rate", self.rate, "for noise in the first step only")
         if self.rate > 1:
             raise ValueError(f"rate must be <= 1, got {self.rate!r}: the noise would grow without bound.")
 
@@ -259,11 +259,11 @@ class Exponential(BaseSchedule):
 
 @dataclass(frozen=True)
 class InverseSqrt(BaseSchedule):
-    r"""Decay with the root of time: :math:`\sigma_t = \sigma_0 / \sqrt{1 + t / \tau}`.
+    r"""Inverse square root decay: :math:`\sigma_t = \sigma_0 / \sqrt{1 + t / \tau}`.
 
     Args:
         start: σ at step 0, >= 0.
-        timescale: τ, the steps after which the variance has halved, > 0.
+        timescale: τ, the number of steps after which the variance has halved, > 0.
 
     >>> InverseSqrt(1.0, timescale=100)(300)
     0.5
@@ -284,7 +284,7 @@ class InverseSqrt(BaseSchedule):
 
 
 class _FollowsLR(BaseSchedule):
-    """The base of those that are nothing but a function of the learning rate."""
+    """Base class of schedules that depend only on the learning rate."""
 
     @property
     def follows_lr(self) -> bool:
@@ -293,7 +293,7 @@ class _FollowsLR(BaseSchedule):
 
     def __call__(self, step: int, /) -> float:
         """Raise: there is no σ without a learning rate."""
-        raise ValueError(f"{self} needs a learning rate. Use it on an optimizer, or call with_lr(lr) before.")
+        raise ValueError(f"{self} needs a learning rate. Use it on an optimizer, or call with_lr(lr) first.")
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class FollowLR(_FollowsLR):
             raise ValueError(f"power must be a finite number, got {self.power!r}.")
 
     def with_lr(self, lr: float) -> Constant:
-        """The constant noise of a learning rate; there is none at 0, or below it by rounding."""
+        """The constant noise at a learning rate; none if it is 0, or below 0 by rounding."""
         return Constant(self.factor * lr**self.power if lr > 0 else 0.0)
 
 
@@ -327,12 +327,12 @@ class FollowLR(_FollowsLR):
 class Langevin(_FollowsLR):
     r"""Stochastic gradient Langevin dynamics: the *weights* get noise of variance :math:`2 \, \mathrm{lr}_t \, T`.
 
-    Noise on the gradient reaches the weights times the learning rate, so that :math:`\sigma_t = \sqrt{2 T /
+    Noise on the gradient reaches the weights multiplied by the learning rate, so :math:`\sigma_t = \sqrt{2 T /
     \mathrm{lr}_t}`. With plain SGD on a loss U this samples from a density proportional to exp(-U / T), up to the
     error of finite steps (Welling and Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics", 2011: Eq. 4,
     with lr = ε / 2 and T = 1). ``FollowLR((2 * T) ** 0.5, power=0.5)`` is the noise with this variance on the
-    gradients themselves. It is meant for SGD without momentum: with momentum, noise of a small learning rate is large
-    and reaches the weights of later steps.
+    gradients themselves. It is meant for SGD without momentum: at a small learning rate the noise is large, and
+    momentum carries it into later steps.
 
     Args:
         temperature: T, >= 0; 1 / n for a loss that is the mean over the n samples of the training set.
@@ -347,7 +347,7 @@ class Langevin(_FollowsLR):
         _check_non_negative("temperature", self.temperature, "to switch the noise off")
 
     def with_lr(self, lr: float) -> Constant:
-        """The constant noise of a learning rate; there is none at 0, or below it by rounding, where no weight moves."""
+        """The constant noise at a learning rate; none if it is 0, or below 0 by rounding, where no weight changes."""
         return Constant(math.sqrt(2 * self.temperature / lr) if lr > 0 else 0.0)
 
 
@@ -356,8 +356,8 @@ class Piecewise(BaseSchedule):
     """One schedule after another, each counting from its own first step.
 
     Args:
-        boundaries: the first steps of all parts but the first one, increasing, > 0.
-        parts: schedules, or numbers for constant ones; one more than boundaries.
+        boundaries: the first step of each part except the first one, increasing, > 0.
+        parts: schedules, or numbers for constant ones; one more than ``boundaries``.
 
     >>> schedule = Piecewise((100,), (0.1, Linear(0.1, 0.0, steps=10)))
     >>> [schedule(t) for t in (0, 99, 100, 105, 110)]
@@ -387,7 +387,7 @@ class Piecewise(BaseSchedule):
         return part(step - (0, *self.boundaries)[index]) if callable(part) else float(part)
 
     def resolved(self, total: int) -> Piecewise:
-        """The schedule with what is left of ``total`` steps at each part in the place of ``"auto"``."""
+        """The schedule with each part's ``"auto"`` replaced by its length; the last one ends at ``total``."""
         starts, ends = (0, *self.boundaries), (*self.boundaries, total)
         parts = [
             part.resolved(end - start) if isinstance(part, BaseSchedule) else part
@@ -396,14 +396,14 @@ class Piecewise(BaseSchedule):
         return replace(self, parts=tuple(parts))
 
     def with_lr(self, lr: float) -> Piecewise:
-        """The schedule with the parts that follow the learning rate at ``lr``."""
+        """The schedule with ``lr`` filled in where parts follow the learning rate."""
         parts = [part.with_lr(lr) if isinstance(part, BaseSchedule) else part for part in self.parts]
         return replace(self, parts=tuple(parts))
 
 
 @dataclass(frozen=True)
 class Warmup(BaseSchedule):
-    r"""Another schedule, led in by a straight line from 0: :math:`\min(t / T, 1)` times its value.
+    r"""Another schedule with a linear warm-up from 0: :math:`\min(t / T, 1)` times its value.
 
     Args:
         schedule: any schedule; it counts from the first step of the warm-up.
@@ -427,11 +427,11 @@ class Warmup(BaseSchedule):
         return self.schedule(step) * _progress(step, self.steps)
 
     def resolved(self, total: int) -> Warmup:
-        """The schedule with ``total`` steps in the place of the inner one's ``"auto"``."""
+        """The schedule with the inner one's ``"auto"`` replaced by ``total`` steps."""
         return (
             replace(self, schedule=self.schedule.resolved(total)) if isinstance(self.schedule, BaseSchedule) else self
         )
 
     def with_lr(self, lr: float) -> Warmup:
-        """The schedule with the inner one at ``lr``."""
+        """The schedule with ``lr`` filled in for the inner one."""
         return replace(self, schedule=self.schedule.with_lr(lr)) if isinstance(self.schedule, BaseSchedule) else self

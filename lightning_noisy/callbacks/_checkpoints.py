@@ -1,4 +1,4 @@
-"""What the checkpoints of a swapped model say of it, so that nothing loads them as something else."""
+"""The record of replacements in checkpoints, so that no model with other activations loads them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lightning_noisy.replacement.record import (
 
 __all__ = ["add_replacements", "check", "replacements_of", "set_noise"]
 
-# Where a checkpoint has c of the noisy activations, by their paths.
+# The key in a checkpoint of c of the noisy activations, by path.
 _NOISE_KEY = "lightning_noisy.activation_noise"
 
 
 def add_replacements(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Add what was replaced with what, and c: not every strategy keeps what a state_dict has besides its values."""
+    """Add the replacements and c to a checkpoint: not every strategy keeps the metadata of a state dict."""
     metadata: dict[str, Any] = {}
     describe(model, metadata)
     checkpoint[KEY] = saved_replacements(metadata)
@@ -37,19 +37,19 @@ def add_replacements(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def replacements_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint says of the replacements in its model, by path; None if it says nothing."""
+    """The replacements that a checkpoint records, by path; None if it has no record."""
     found = checkpoint.get(KEY) or saved_replacements(metadata_of(checkpoint.get("state_dict")) or {})
     return found if found or KEY in checkpoint else None
 
 
 def check(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Set c, and raise if the same wasn't replaced with the same."""
+    """Set c, and raise if the checkpoint records different replacements."""
     saved = replacements_of(checkpoint)
     if saved is None:
         if replaced_in(model):
             rank_zero_warn(
-                "The checkpoint was written without ActivationReplacement: its model had other activations, if nothing"
-                " else replaced them."
+                "The checkpoint was written without ActivationReplacement: its model had other activations, unless"
+                " something else replaced them."
             )
     elif model.strict_loading and (text := difference(model, saved_sites(saved))):
         raise MisconfigurationException(text)
@@ -57,7 +57,7 @@ def check(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
 
 
 def set_noise(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Set c of noisy activations to what a checkpoint has."""
+    """Set c of the noisy activations to the values in a checkpoint."""
     modules = dict(model.named_modules())
     for path, value in checkpoint.get(_NOISE_KEY, {}).items():
         if isinstance(module := modules.get(path), NoisyActivation):

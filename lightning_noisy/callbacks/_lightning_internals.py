@@ -1,6 +1,6 @@
-"""All that is used of Lightning's private interfaces, since no public one tells it: each behind one function.
+"""The private interfaces of Lightning that are used because no public ones exist: each behind one function.
 
-A test of each fails when Lightning changes it, and another when one is used elsewhere (tests/test_internals.py).
+Tests fail when Lightning changes one of them, or when one is used elsewhere (tests/test_internals.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def is_logging_due(trainer: pl.Trainer) -> bool:
 def logging_step(trainer: pl.Trainer) -> int | None:
     """In ``on_train_batch_end``: the step at which ``self.log`` values of this batch are written, or None.
 
-    None with ``log_every_n_steps`` and gradient accumulation, for batches whose values Lightning doesn't write
-    either. ``trainer.global_step`` is another count: it has moved on, and by two with two optimizers.
+    None for batches whose values Lightning doesn't write either, because of ``log_every_n_steps`` or gradient
+    accumulation. ``trainer.global_step`` differs: it has advanced already, and by two with two optimizers.
     """
     loop = trainer.fit_loop
     accumulating = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
@@ -28,7 +28,7 @@ def logging_step(trainer: pl.Trainer) -> int | None:
 
 
 def is_compiled(model: pl.LightningModule) -> bool:
-    """Whether ``torch.compile`` was called on it: the Trainer takes that apart, and compiles what ``forward`` was."""
+    """Whether ``torch.compile`` was called on it: the Trainer unwraps it, and runs the compiled old ``forward``."""
     return model._compiler_ctx is not None
 
 

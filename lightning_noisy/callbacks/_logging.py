@@ -1,4 +1,4 @@
-"""Where the callbacks' scalars go: to every logger."""
+"""Send the callbacks' scalars to every logger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings of gradient noise that is not there, or of nothing else."""
+"""Warnings of missing gradient noise, and of steps that are nearly all noise."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lightning_noisy.schedules import InverseDecay, Schedule
 
 __all__ = ["NoiseWatch"]
 
-# The signal-to-noise ratio that is too low at all logged steps from the first one to at least the fifth, and t = 200.
-# (Later a model may have learned what it can: its gradients are small then, and the noise is no matter.)
+# The signal-to-noise ratio is too low if it is below LOW_RATIO at all logged steps, up to the fifth and to t = 200.
+# (Later it doesn't matter: a model that has converged has small gradients.)
 LOW_RATIO = 0.02
 LOW_STEPS = 5
 LOW_UNTIL = 200
 
 
 class NoiseWatch:
-    """Watches one fit, and warns at most once of each.
+    """Watches one fit, and gives each warning at most once.
 
     Attributes:
-        noisy: the indices of the optimizers whose gradients have got noise.
+        noisy: the indices of the optimizers whose gradients have received noise.
     """
 
     def __init__(self) -> None:
         self.noisy: set[int] = set()
         self._versions: dict[int, list[tuple[Any, int]]] = {}  # of some parameters of each optimizer
-        self._low_steps: int | None = 0  # None once it is known
+        self._low_steps: int | None = 0  # None once decided
 
     def begin(self, index: int, parameters: list[Any]) -> None:
-        """Take in the parameters of an optimizer that are to get noise, before it steps."""
+        """Register the parameters of an optimizer that are to get noise, before it steps."""
         sample = parameters[:: 1 + len(parameters) // 16]
         self._versions[index] = [(p, version(p)) for p in sample if not is_lazy(p)]
 
     def check_steps(self, attached: list[Attached]) -> None:
-        """Warn of optimizers that have changed their parameters, and without noise."""
+        """Warn of optimizers that have changed their parameters without noise."""
         for optimizer, index, _ in attached:
             if index in self.noisy:
                 self._versions.pop(index, None)
@@ -46,12 +46,12 @@ class NoiseWatch:
                 del self._versions[index]
                 rank_zero_warn(
                     f"Parameters of optimizer {index} ({type(optimizer).__name__}) have changed, and GradientNoise saw"
-                    " no step of it: there is no noise. It sees updates by the method `step` of a torch optimizer."
+                    " no step of it: there is no noise. It sees only updates by the `step` method of a torch optimizer."
                 )
 
     def check_ratios(self, ratios: list[float], step: int, schedule: Schedule) -> None:
-        """Warn if the signal-to-noise ratios are too low from the first logged step on; ``step`` is t of this one."""
-        ratios = [ratio for ratio in ratios if ratio > 0]  # without a gradient no noise is small enough
+        """Warn if the signal-to-noise ratios are too low from the first logged step on; ``step`` is the current t."""
+        ratios = [ratio for ratio in ratios if ratio > 0]  # 0 means that there is no gradient
         if not ratios or self._low_steps is None:
             return
         self._low_steps += 1

@@ -1,4 +1,4 @@
-"""The noise of a Trainer's optimizers, which may be made anew during a fit."""
+"""The noise of a Trainer's optimizers, which may be replaced during a fit."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Attached(NamedTuple):
 
 
 class NoisyOptimizers:
-    """Attaches noise to optimizers, and keeps the state of those that leave.
+    """Attaches noise to optimizers, and keeps the state of those that are removed.
 
     Args:
-        make_handle: makes the noise of an optimizer, from it and its number.
+        make_handle: attaches noise to an optimizer, given it and its number.
 
     Attributes:
-        attached: the present optimizers, in their order.
+        attached: the current optimizers, in order.
     """
 
     def __init__(self, make_handle: Callable[[Any, int], GradientNoiseHandle]) -> None:
         self.attached: list[Attached] = []
         self._make_handle = make_handle
-        self._left: list[tuple[weakref.ref[Any], int]] = []  # optimizers that were here, and their numbers
-        self._states: dict[int, dict[str, Any]] = {}  # of these numbers
+        self._left: list[tuple[weakref.ref[Any], int]] = []  # removed optimizers, and their numbers
+        self._states: dict[int, dict[str, Any]] = {}  # by number
 
     def follow(self, optimizers: Sequence[Any]) -> bool:
-        """Attach the noise to the optimizers that there are now; whether they have changed.
+        """Attach the noise to the current optimizers; return whether they have changed.
 
-        One that was here before goes on as it was. A new one has the number of its place, and goes on at the t of the
-        optimizer that had it, unless that is still here.
+        One that was attached before keeps its state. A new one gets the number of its position, and continues at the t
+        of the optimizer that had this number, unless that is still attached.
         """
         optimizers = _distinct(optimizers)
         present = [each.optimizer for each in self.attached]
@@ -69,31 +69,31 @@ class NoisyOptimizers:
         return next((number for other, number in known if other is optimizer), None)
 
     def states(self) -> list[dict[str, Any]]:
-        """The states of all that there are and were, by their numbers."""
+        """The states of all current and removed optimizers, ordered by number."""
         states = {**self._states, **{each.number: each.handle.state_dict() for each in self.attached}}
         return [states[number] for number in sorted(states)]
 
     def restore(self, states: list[dict[str, Any]], seed: int | None) -> None:
-        """Go on with the states of a checkpoint, with this seed if there is one."""
+        """Continue from the states of a checkpoint, with this seed if it is not None."""
         if not states:
-            return  # written before there was a fit, by a tuner for one
+            return  # written before a fit, such as by a Tuner
         if len(states) != len(self.attached):
             rank_zero_warn(
                 f"The checkpoint has gradient noise of {len(states)} optimizers, and there are {len(self.attached)}:"
-                " their noise starts anew, at t = 0."
+                " their noise restarts at t = 0."
             )
             return
         for (_, _, handle), state in zip(self.attached, states, strict=True):
             if seed is not None and state["seed"] != seed:
                 rank_zero_warn(
-                    f"GradientNoise(seed={seed}) goes on from a checkpoint with seed {state['seed']}: the noise"
+                    f"GradientNoise(seed={seed}) resumes from a checkpoint with seed {state['seed']}: the noise"
                     " continues at its t with the new seed. Use seed=None for the checkpoint's."
                 )
                 state = {**state, "seed": seed}
             handle.load_state_dict(state)
 
     def remove(self) -> None:
-        """Take the noise off all optimizers."""
+        """Remove the noise from all optimizers."""
         for each in self.attached:
             self._states[each.number] = each.handle.state_dict()
             each.handle.remove()
@@ -101,7 +101,7 @@ class NoisyOptimizers:
 
 
 def _distinct(optimizers: Sequence[Any]) -> list[Any]:
-    """Without those that are listed twice, also inside of a wrapper that is listed."""
+    """The optimizers without duplicates; a wrapper and the optimizer inside it count as one."""
     found: list[Any] = []
     inside: list[Any] = []
     for optimizer in optimizers:

@@ -20,7 +20,7 @@ __all__ = ["ActivationMonitor"]
 class ActivationMonitor(pl.Callback):
     r"""Log how each activation treats signal and gradient: the ANAct scores, saturation and sparsity.
 
-    For every activation module, plain or swapped, over the training batches since the last logging step:
+    For every activation module, plain or replaced, over the training batches since the last logging step:
 
     ===================== ====================================================================================
     ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Yuan et al., "ANAct", 2022)
@@ -33,12 +33,12 @@ class ActivationMonitor(pl.Callback):
     ===================== ====================================================================================
 
     ``<site>`` is the module's name. Moments are pooled by count over the batches of the window and over all
-    ranks, with one reduction and one host sync per logging step. Training is bit for bit as without the monitor.
+    ranks, with one reduction and one host sync per logging step. Training is bitwise the same as without the monitor.
     Values go to every logger at the Trainer's ``log_every_n_steps``, and to ``trainer.callback_metrics``. A
     statistic that is undefined, such as ρ of a layer whose input doesn't vary, is logged as NaN.
 
     Args:
-        every_n_batches: look at every n-th training batch, >= 1. 1 sees all; more is cheaper.
+        every_n_batches: record every n-th training batch, >= 1. 1 records all; a larger n is cheaper.
         saturation_threshold: share of the largest slope, in (0, 1).
 
     Raises:
@@ -79,7 +79,7 @@ class ActivationMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Record this batch, if it is its turn."""
+        """Record this batch, if it is due."""
         if self._recorder is not None and self._batches % self.every_n_batches == 0:
             self._recorder.attach()
             self._recorded += 1
@@ -98,9 +98,9 @@ class ActivationMonitor(pl.Callback):
         statistics = self._recorder.statistics
 
         def sum_over_ranks(sums: Tensor, group: Any = None) -> list[Tensor]:
-            return [trainer.strategy.reduce(sums.clone(), reduce_op="sum")]  # one reduction, not a gathering
+            return [trainer.strategy.reduce(sums.clone(), reduce_op="sum")]  # one reduction, not a gather
 
-        # torchmetrics warns if no site was called on this rank: the NaN that is logged says so, too.
+        # torchmetrics warns if no site was called on this rank: the logged NaN shows that already.
         with warnings.catch_warnings(), statistics.sync_context(dist_sync_fn=sum_over_ranks):
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             values = statistics.compute()
@@ -110,25 +110,25 @@ class ActivationMonitor(pl.Callback):
         self._recorded = 0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop recording if a batch was skipped, and has no end."""
+        """Stop recording after a skipped batch, which has no ``on_train_batch_end``."""
         if self._recorder is not None:
             self._recorder.detach()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop recording if a batch was skipped, and has no end."""
+        """Stop recording after a skipped batch, which has no ``on_train_batch_end``."""
         if self._recorder is not None:
             self._recorder.detach()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave nothing on the model."""
+        """Remove all hooks from the model."""
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave nothing on the model."""
+        """Remove all hooks from the model."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave nothing on the model."""
+        """Remove all hooks from the model."""
         self._release()
 
     def _release(self) -> None:

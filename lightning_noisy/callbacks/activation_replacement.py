@@ -1,4 +1,4 @@
-"""The callback that swaps a model's activations."""
+"""The callback that replaces a model's activations."""
 
 from __future__ import annotations
 
@@ -41,36 +41,35 @@ _AVERAGING = tuple(
 class ActivationReplacement(pl.Callback):
     """Replace the activations of the model when a Trainer sets it up, before its optimizers are made.
 
-    The callback form of :func:`lightning_noisy.replace_activations`, for models that you configure and don't
+    The callback form of :func:`lightning_noisy.replace_activations`, for models that you configure but don't
     write. Layers that are made in ``configure_model`` are replaced, too. List it before callbacks that copy or freeze
-    the model. A model that has been swapped keeps its modules, and what they have learned:
-    ``fit``, ``test`` and ``fit`` again swap once, also with a new callback in a new Trainer. Statistics of normalized
-    activations with ``synchronized=True`` are pooled over the ranks after each step.
+    the model. A model whose activations were replaced keeps the new modules, and what they have learned: ``fit``,
+    ``test`` and another ``fit`` replace once, also with a new callback in a new Trainer. Statistics of normalized
+    activations with ``synchronized=True`` are pooled over the ranks after each optimizer step.
 
-    A checkpoint of such a model has the new modules' values, and says what was replaced with what. To resume, or to
-    test, pass ``ckpt_path`` to a Trainer with this callback; another ``to`` than that of the checkpoint is an error, as
-    long as the model's ``strict_loading`` is not False. Without a Trainer, :func:`lightning_noisy.load_replaced` loads
-    it.
+    A checkpoint of such a model has the state of the new modules, and records the replacements. To resume or test, pass
+    ``ckpt_path`` to a Trainer with this callback; a ``to`` that differs from the checkpoint's is an error, unless the
+    model's ``strict_loading`` is False. Without a Trainer, :func:`lightning_noisy.load_replaced` loads it.
 
-    Several instances in one Trainer replace one after the other. If several have ``noise``, each anneals c of what it
-    has replaced; a single one anneals all noisy activations of the model.
+    Several instances in one Trainer replace one after the other. If several have ``noise``, each anneals c of its own
+    replacements; a single one anneals all noisy activations of the model.
 
-    Logs ``activation_noise/c``, at the Trainer's logging steps, if there is ``noise``; where several instances have it,
+    Logs ``activation_noise/c`` at the Trainer's logging steps, if there is ``noise``; if several instances have it,
     ``activation_noise/c/noise0``, ``/noise1`` and so on, in the order of the callbacks.
 
     Args:
         to: what to replace them with; see :func:`lightning_noisy.replace_activations`, also for the options that are
-            not named here.
-        noise: c of all noisy activations as a function of the optimizer's step (in manual optimization of the batch)
+            not described here.
+        noise: c of the noisy activations as a function of the optimizer step (in manual optimization, of the batch)
             or the epoch, such as ``schedules.Linear(30.0, end=0.5)``; ``steps="auto"`` becomes the length of the
-            training. None: c stays.
+            training. None leaves c as it is.
         interval: ``"step"`` or ``"epoch"``.
         example_inputs: see :func:`lightning_noisy.replace_activations`; by default the model's ``example_input_array``.
 
     Raises:
-        TypeError: if ``to`` is nothing to replace activations with, or ``noise`` is not callable.
-        ValueError: if a name or an option in it is unknown, with the closest ones; if a name has the option ``c``, and
-            there is ``noise``, which sets it.
+        TypeError: if activations can't be replaced with ``to``, or ``noise`` is not callable.
+        ValueError: if a name or an option in it is unknown (the message suggests the closest ones), or a name has the
+            option ``c`` although ``noise`` sets c.
 
     >>> trainer = pl.Trainer(callbacks=[ActivationReplacement("nsw")], logger=False, enable_checkpointing=False)
     """
@@ -106,8 +105,8 @@ class ActivationReplacement(pl.Callback):
         self.interval = interval
         self.example_inputs = example_inputs
         self._suffix = ""  # of the tag
-        self._own: list[weakref.ref[torch.nn.Module]] = []  # what is in the places of this instance
-        self._fresh: list[weakref.ref[torch.nn.Module]] = []  # what it has put there since the last fit
+        self._own: list[weakref.ref[torch.nn.Module]] = []  # what is at the sites of this instance
+        self._fresh: list[weakref.ref[torch.nn.Module]] = []  # what it has installed there since the last fit
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
@@ -115,7 +114,7 @@ class ActivationReplacement(pl.Callback):
         self._steps = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Swap, or see to it that ``configure_model`` does, unless this model is swapped already."""
+        """Replace, now or right after ``configure_model`` or ``setup``, unless this model is done already."""
         present = set(pl_module.modules())
         if self._is_done(pl_module) and all(each() in present for each in self._own):
             return
@@ -135,7 +134,7 @@ class ActivationReplacement(pl.Callback):
                 )
         if is_overridden("configure_model", pl_module):
             self._follow(trainer, pl_module, "configure_model")
-        elif is_overridden("setup", pl_module):  # which may make layers, too, after callbacks have copied the model
+        elif is_overridden("setup", pl_module):  # may make layers, too, after callbacks have copied the model
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")
                 self._replace(trainer, pl_module)
@@ -145,8 +144,8 @@ class ActivationReplacement(pl.Callback):
             self._check_noise(trainer, pl_module)
 
     def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, hook: str) -> None:
-        """Swap right after a hook of the model's own that makes layers."""
-        inner = pl_module.__dict__.get(hook)  # such as another instance's
+        """Replace right after a hook of the model that may make layers."""
+        inner = pl_module.__dict__.get(hook)  # such as that of another instance
 
         @functools.wraps(getattr(pl_module, hook))
         def followed(*arguments: Any, **options: Any) -> None:
@@ -160,7 +159,7 @@ class ActivationReplacement(pl.Callback):
 
     @staticmethod
     def _unfollow(pl_module: pl.LightningModule) -> bool:
-        """Take the outermost instance's hook off the model; whether there was one."""
+        """Remove the outermost instance's hook from the model; return whether there was one."""
         for hook in ("configure_model", "setup"):
             present: Any = pl_module.__dict__.get(hook)
             if hasattr(present, "of_replacement"):
@@ -183,8 +182,8 @@ class ActivationReplacement(pl.Callback):
         self._replaced = weakref.ref(pl_module)
         if made and copies_model(trainer):
             raise MisconfigurationException(
-                "The Trainer starts processes that train copies of the model, and swaps the activations there: those of"
-                " the model itself, which gets the trained weights, would be the plain ones. Call"
+                "The Trainer starts processes that train copies of the model, and replaces activations only there: the"
+                " model itself, which gets the trained weights, would keep its plain ones. Call"
                 f" replace_activations(model, {self.to!r}) before fit, and leave out ActivationReplacement; or use"
                 ' strategy="ddp".'
             )
@@ -196,15 +195,15 @@ class ActivationReplacement(pl.Callback):
         ]
         if dropped:
             rank_zero_warn(
-                f"{', '.join(dropped)} had been replaced before, by something else than {self.to!r}: what was learned"
-                " there is dropped. Pass the same `to` as before to keep it."
+                f"{', '.join(dropped)} had been replaced before, with something other than {self.to!r}: what was"
+                " learned there is dropped. Pass the same `to` as before to keep it."
             )
 
     def _check_noise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.noise is not None and not self._annealed(trainer, pl_module):
             raise MisconfigurationException(
                 f"noise={self.noise!r} anneals c of noisy activations, and the model has none after the replacement by"
-                f' {self.to!r}. Take one of "nan", "nah", "nani", "nanil" and "nanis", or leave noise out.'
+                f' {self.to!r}. Use one of "nan", "nah", "nani", "nanil" and "nanis", or leave noise out.'
             )
 
     def _annealed(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NoisyActivation]:
@@ -215,13 +214,13 @@ class ActivationReplacement(pl.Callback):
         return [each for each in pl_module.modules() if isinstance(each, NoisyActivation) and each in inside]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out how long the training is, and what averages the weights."""
+        """Resolve the schedule, and warn of running statistics that weight averaging leaves outdated."""
         averaged = any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
         own = {module for each in self._own if (top := each()) is not None for module in top.modules()}
         if averaged and any(isinstance(each, NormalizedActivation) for each in own):
             rank_zero_warn(
                 "StochasticWeightAveraging refreshes the running statistics of batch norms alone. For normalized"
-                " activations run one pass over the training data in training mode after the fit, without steps."
+                " activations, run forward passes over the training data in training mode after the fit, without steps."
             )
         if self.noise is not None:
             self._schedule = resolved(self.noise, trainer, of_epochs=self.interval == "epoch")
@@ -250,17 +249,17 @@ class ActivationReplacement(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Undo what averaging weights does to c, a buffer."""
+        """Set c again: it is a buffer, which weight averaging changes."""
         if batch_idx == 0:
             self._set_c()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Undo what averaging weights does to c, a buffer."""
+        """Set c again: it is a buffer, which weight averaging changes."""
         self._set_c()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Pool the statistics of activations with ``synchronized=True`` after an optimizer step, and log c."""
-        is_first = _instances(trainer)[:1] == [self]  # once a step, not once an instance
+        is_first = _instances(trainer)[:1] == [self]  # once per step, not per instance
         if is_first and trainer.global_step > self._steps and synchronized_activations(pl_module):
             synchronize_statistics(pl_module)
         step = logging_step(trainer)
@@ -268,25 +267,25 @@ class ActivationReplacement(pl.Callback):
             log_scalars(trainer, {f"activation_noise/c{self._suffix}": self._c}, step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the model's hooks as they were, if they were never called."""
+        """Restore the model's hooks, if they were never called."""
         while self._unfollow(pl_module):
             pass
         self._noisy, self._fresh, self._schedule, self._c = [], [], None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the model's hooks as they were."""
+        """Restore the model's hooks."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say what was replaced with what."""
+        """Record the replacements, and c."""
         _checkpoints.add_replacements(pl_module, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """See to it that the same was replaced with the same, and that c is what it was."""
+        """Check that the replacements are those of the checkpoint, and restore c."""
         _checkpoints.check(pl_module, checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -47,60 +47,60 @@ class GradientNoise(pl.Callback):
     Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks" (2015). t counts the
     steps that each optimizer has taken, from 0: batches that only accumulate gradients don't count.
 
-    **Choosing η.** What counts is the size of the noise beside the gradient: look at ``gradient_noise/snr``. Around 1
-    the training is disturbed a little, at 0.1 a lot; far below 0.1 the steps are nearly all noise, which helps only a
-    model that doesn't learn otherwise, such as one whose weights start at zero. If the loss doesn't fall there, take an
-    η a hundred times smaller, which makes the ratio ten times as large; or ``relative=True, eta=1.0``, which starts at
-    a ratio of 1. A warning says so if the ratio is below 0.02 at all logged steps from the start to the fifth, and to
-    t = 200. (It falls again when a model has learned, whose gradients are small.)
+    **Choosing η.** What matters is the size of the noise relative to the gradient: see ``gradient_noise/snr``. Around
+    1 the noise disturbs the training a little, at 0.1 a lot; far below 0.1 the steps are nearly all noise, which helps
+    only a model that doesn't learn otherwise, such as one whose weights start at zero. If the loss doesn't fall there,
+    use an η a hundred times smaller, which makes the ratio ten times larger; or ``relative=True, eta=1.0``, which
+    starts at a ratio of 1. A warning says so if the ratio is below 0.02 at all logged steps from the start to the
+    fifth, and to t = 200. (It falls again when a model has converged, since its gradients are small.)
 
-    It works in automatic and manual optimization, and follows optimizers that are made anew during a fit. The noise has
-    a random stream of its own: it is a function of the seed, the optimizer's index, the parameter's name and t, so all
-    ranks of data-parallel training add the same, a resumed run goes on as if it had not stopped, and the global random
-    states are not touched. A second ``fit`` of a Trainer has new optimizers: t starts at 0 again, and the noise is
-    another one.
+    It works in automatic and manual optimization, also with optimizers that are replaced during a fit. The noise has
+    its own random stream: it is a function of the seed, the optimizer's index, the parameter's name and t, so all ranks
+    of data-parallel training add the same noise, a resumed run continues as if it had not stopped, and the global
+    random states don't change. A second ``fit`` of a Trainer has new optimizers: t starts at 0 again, and the noise is
+    different.
 
-    A resumed run may have another schedule: it goes on at the checkpoint's t. Several instances in one Trainer
-    have independent noises, and state; those with the same schedule need a ``name`` each.
+    A resumed run may have another schedule: it continues at the checkpoint's t. Several instances in one Trainer have
+    independent noise and state; if they have the same schedule, each needs a ``name``.
 
     The padding row of an embedding (``padding_idx``) gets no noise as long as its gradient is zero, unless its weight
-    is parametrized. Leave other elements that are never trained, such as slices that a hook freezes, to ``params``.
+    is parametrized. Use ``params`` for other elements that are never trained, such as slices that a hook freezes.
 
-    Logs to every logger, at the Trainer's logging steps, with ``/<name>`` at the end if it has one (``/noise0``,
-    ``/noise1``, ... where several have none), and ``/<index>`` of the optimizer if there are several:
+    Logs to every logger at the Trainer's logging steps. Tags end with ``/<name>`` if the instance has one
+    (``/noise0``, ``/noise1``, ... if several have none), and ``/<index>`` of the optimizer if there are several:
 
     ============================= ======================================================================
     ``gradient_noise/std``        σ of the step
     ``gradient_noise/snr``        norm of the clipped gradient over the expected norm of the noise, σ√n
-    ``grad_norm/before_clipping`` norm of the gradient; like the next, over the parameters that get noise;
-                                  in automatic optimization, where Lightning clips
-    ``grad_norm/after_clipping``  what clipping leaves of it
+    ``grad_norm/before_clipping`` norm of the gradient over the parameters that get noise; only in
+                                  automatic optimization, where Lightning clips
+    ``grad_norm/after_clipping``  the same norm after clipping
     ============================= ======================================================================
 
-    The norms are computed at logging steps alone, with one host sync for all; not where only shards of the gradient
-    are seen, under DeepSpeed's ZeRO.
+    The norms are computed only at logging steps, with one host sync for all; and not where only shards of the gradient
+    are visible, such as under DeepSpeed's ZeRO.
 
     Args:
         eta: variance at the first step, >= 0.
         gamma: exponent of the decay, >= 0.
-        schedule: a function from t to σ, in the place of ``eta`` and ``gamma``, such as those of
-            :mod:`lightning_noisy.schedules`: a standard deviation, where ``eta`` is a variance. ``steps="auto"``
+        schedule: a function from t to σ, instead of ``eta`` and ``gamma``, such as those of
+            :mod:`lightning_noisy.schedules`: a standard deviation, while ``eta`` is a variance. ``steps="auto"``
             becomes the Trainer's estimated number of steps.
-        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. A parameter group
-            of the optimizer with a key ``"noise_scale"`` has σ multiplied by it.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. A key
+            ``"noise_scale"`` in a parameter group of the optimizer multiplies its σ.
         relative: make σ a multiple of the root mean square of the clipped gradient's elements; see
             :func:`lightning_noisy.add_gradient_noise`.
         name: tells several instances in one Trainer apart, in logs and checkpoints.
         prog_bar: show σ on the progress bar.
-        seed: seed of the noise. By default the one of ``seed_everything``, else one that is drawn when the fit
-            starts; in both cases a checkpoint that is resumed from brings its own. It is logged as the hyperparameter
+        seed: seed of the noise. By default that of ``seed_everything``, or else one that is drawn when the fit
+            starts; in both cases a resumed run uses the checkpoint's. It is logged as the hyperparameter
             ``gradient_noise_seed`` (TensorBoard: in hparams.yaml).
 
     Raises:
-        TypeError: if an argument is not of its type.
-        ValueError: if ``eta`` or ``gamma`` is negative or not finite, or given beside ``schedule``.
+        TypeError: if an argument is of the wrong type.
+        ValueError: if ``eta`` or ``gamma`` is negative or not finite, or given together with ``schedule``.
         MisconfigurationException: at the start of a fit, if the schedule's horizon is open and the training endless, or
-            the callback is at work in the fit of another Trainer.
+            the callback is in use by the fit of another Trainer.
 
     >>> trainer = pl.Trainer(callbacks=[GradientNoise(eta=0.01)], logger=False, enable_checkpointing=False)
     """
@@ -142,14 +142,14 @@ class GradientNoise(pl.Callback):
         self.prog_bar = prog_bar
         self._instance = 0
         self._suffix = ""  # of tags
-        self._restored: dict[str, Any] | None = None  # from a checkpoint, for optimizers that are yet to come
+        self._restored: dict[str, Any] | None = None  # from a checkpoint, until the optimizers exist
         self._final: list[dict[str, Any]] = []  # states of the last fit, for checkpoints that are written after it
         self._forget_fit()
 
     def _forget_fit(self) -> None:
-        """Begin without a fit, and without what belongs to one."""
+        """Reset what belongs to a fit."""
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._has_guest = False  # whether another Trainer validates, say, inside of the fit
+        self._has_guest = False  # whether another Trainer runs inside the fit, such as to validate
         self._noisy: NoisyOptimizers | None = None
         self._following: RemovableHandle | None = None  # of the hook that notices new optimizers
         self._logged_seed: int | None = None
@@ -166,13 +166,13 @@ class GradientNoise(pl.Callback):
         return _state_key(schedule=schedule)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out which of the Trainer's instances this is: each has a stream and tags of its own."""
+        """Determine which of the Trainer's instances this is: each has its own stream and tags."""
         if self._is_busy_elsewhere(trainer):
             if stage != "fit":
                 self._has_guest = True
                 return
             raise MisconfigurationException(
-                "This GradientNoise is at work in the fit of another Trainer. Give each Trainer its own."
+                "This GradientNoise is in use by the fit of another Trainer. Give each Trainer its own."
             )
         if stage == "fit":
             self._final = []
@@ -194,7 +194,7 @@ class GradientNoise(pl.Callback):
             seed = int(os.environ.get("PL_GLOBAL_SEED") or secrets.randbits(32))
         seed = trainer.strategy.broadcast(seed)  # ranks may have been seeded differently, for their data
         schedule = resolved(self.schedule, trainer)
-        # A name is quoted, so that it is nobody's number. A later fit of the Trainer has another noise.
+        # A name is quoted, so that it equals no index. A later fit of the Trainer has different noise.
         stream = repr(self.name) if self.name else str(self._instance)
         later = f"@{trainer.global_step}" if trainer.global_step else ""
 
@@ -208,7 +208,7 @@ class GradientNoise(pl.Callback):
                 params=self.params,
                 relative=self.relative,
             )
-            handle.warns_of_none = False  # it may have chosen some of another optimizer
+            handle.warns_of_none = False  # params may choose parameters of another optimizer
             return handle
 
         this = weakref.ref(self)
@@ -234,21 +234,21 @@ class GradientNoise(pl.Callback):
         self._log_seed(trainer)
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Attach the noise to the Trainer's present optimizers."""
+        """Attach the noise to the Trainer's current optimizers."""
         if self._noisy is not None and self._noisy.follow(trainer.optimizers):
             for each in self._noisy.attached:
                 self._watch.begin(each.number, each.handle.parameters())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See that what checkpoints brought differs between instances."""
+        """Check that the streams from a checkpoint differ between instances."""
         handles = [each.handle for callback in _instances(trainer) for each in callback._handles]
         if len({(handle.seed, handle.stream) for handle in handles}) < len(handles):
             raise MisconfigurationException(
-                "Two GradientNoise callbacks would add the same noise: the checkpoint has the stream of one for both."
-                " Give each a name, with which it finds its own state."
+                "Two GradientNoise callbacks would add the same noise: the checkpoint has one stream for both."
+                " Give each a name, by which it finds its own state."
             )
         if any(each.handle.seed != self._logged_seed for each in self._handles):
-            self._log_seed(trainer)  # restored late, as sharded strategies do
+            self._log_seed(trainer)  # restored late, as by sharded strategies
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -265,7 +265,7 @@ class GradientNoise(pl.Callback):
     ) -> None:
         """Measure the norm before clipping."""
         if not pl_module.automatic_optimization:
-            return  # users clip before they step, and this comes with the step
+            return  # users clip before the step, and this hook runs in the step
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and unscales_in_step(optimizer):
             return  # the gradients are still scaled, and Lightning doesn't clip them
@@ -277,7 +277,7 @@ class GradientNoise(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log σ and the norms; warn of steps that go by, and of noise without gradient."""
+        """Log σ and the norms; warn of steps without noise, and of a signal-to-noise ratio that is too low."""
         scalars: dict[str, float] = {}
         norms: dict[str, Tensor] = {}
         for _, index, handle in self._handles:
@@ -310,20 +310,20 @@ class GradientNoise(pl.Callback):
         self._watch.check_ratios(ratios, max(each.handle.step for each in self._handles), self.schedule)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the noise off the optimizers."""
+        """Remove the noise from the optimizers."""
         self._watch.check_steps(self._handles)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the noise off the optimizers."""
+        """Remove the noise from the optimizers."""
         if self._is_busy_elsewhere(trainer):
             self._has_guest = False
             return
         self._detach()
-        self._restored = None  # a validation's checkpoint is not the next fit's
+        self._restored = None  # a checkpoint loaded to validate is not the next fit's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the noise off the optimizers."""
+        """Remove the noise from the optimizers."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,10 +331,10 @@ class GradientNoise(pl.Callback):
         return {"optimizers": (self._noisy and self._noisy.states()) or self._final}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written; the optimizers may come later.
+        """Continue where the checkpoint was written; the optimizers may be created later.
 
         Raises:
-            ValueError: if it is no state of a GradientNoise; nothing has changed then.
+            ValueError: if it is not the state of a GradientNoise; nothing changes then.
         """
         if self._has_guest:
             return
@@ -351,7 +351,7 @@ class GradientNoise(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the state of the only noise in a checkpoint also if its schedule was another one."""
+        """Load the state of the only noise in a checkpoint even if its schedule was different."""
         if self._has_guest:
             return
         states = {key: state for key, state in checkpoint["callbacks"].items() if _is_state_key(key)}
@@ -386,12 +386,12 @@ class GradientNoise(pl.Callback):
         self._forget_fit()
 
     def _is_busy_elsewhere(self, trainer: pl.Trainer) -> bool:
-        """Whether it is at work in the fit of another Trainer, which this one's is inside of."""
+        """Whether it is in use by the fit of another Trainer, inside which this one runs."""
         other = None if self._trainer is None else self._trainer()
         return other is not None and other is not trainer and other.state.status == TrainerStatus.RUNNING
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks don't outlive a copy of their optimizer: a copy of the callback starts without.
+        # A copied optimizer loses its hooks: a copy of the callback starts without a fit.
         fresh = GradientNoise.__new__(GradientNoise)
         fresh._forget_fit()
         return {**self.__dict__, **fresh.__dict__}
@@ -403,7 +403,7 @@ def _instances(trainer: pl.Trainer) -> list[GradientNoise]:
 
 
 def _state_key(**by: str) -> str:
-    """The key in checkpoints: of subclasses, too, and of no other callback."""
+    """The key in checkpoints: the same for subclasses, and for no other callback."""
     return f"{GradientNoise.__name__}{by!r}"
 
 

@@ -1,4 +1,4 @@
-"""Loading checkpoints of models whose activations were replaced."""
+"""Load checkpoints of models whose activations were replaced."""
 
 from __future__ import annotations
 
@@ -41,37 +41,37 @@ def load_replaced(
 ) -> _Model:
     """Load a checkpoint of a model whose activations were replaced from outside, by the callback or by the function.
 
-    As ``cls.load_from_checkpoint``, with the replacement in between. A model that calls
-    :func:`~lightning_noisy.replace_activations` in its ``__init__`` needs no more than ``load_from_checkpoint``.
+    Like ``cls.load_from_checkpoint``, but replaces the activations before the weights are loaded. A model that calls
+    :func:`~lightning_noisy.replace_activations` in its ``__init__`` needs only ``load_from_checkpoint``.
 
-    Checkpoints say what was replaced with what, in the metadata of their weights; then ``to`` and ``options`` needn't.
-    What keeps only the values (``dict(model.state_dict())``, safetensors) loses that, and with it c of noisy
-    activations, which then is as ``to`` says.
+    Checkpoints record the replacements in the metadata of their state dict; ``to`` and ``options`` aren't needed then.
+    What keeps only the values (``dict(model.state_dict())``, safetensors) loses the metadata, and with it c of noisy
+    activations, which is then that of ``to``.
 
     Args:
         cls: class of the model.
         checkpoint_path: what a Trainer has written, also with ``save_weights_only=True``: path, URL or open file.
         to: what the activations were replaced with; only needed if that was a class or a function of your own, or if
-            the checkpoint doesn't say it.
-        options: with ``to``, the options that :func:`~lightning_noisy.replace_activations` had, such as
-            ``{"gates": True}``; by default the places are those of the checkpoint.
-        example_inputs: as they were given to the callback or the function, if they were.
+            the checkpoint doesn't record it.
+        options: with ``to``, the options that were passed to :func:`~lightning_noisy.replace_activations`, such as
+            ``{"gates": True}``; by default the sites are those of the checkpoint.
+        example_inputs: as passed to the callback or the function, if they were.
         map_location: see ``torch.load``.
-        strict: whether the weights must fit exactly; by default as the model's ``strict_loading`` says.
+        strict: whether the weights must fit exactly; by default the model's ``strict_loading``.
         weights_only: see ``torch.load``.
-        arguments: of the model, in place of its hyperparameters in the checkpoint.
+        arguments: arguments of the model, which override its hyperparameters in the checkpoint.
 
     Returns:
-        The model, in training mode as ``load_from_checkpoint`` has it.
+        The model, in training mode like that of ``load_from_checkpoint``.
 
     Raises:
         TypeError: if an argument or an option is unknown.
-        ValueError: if the checkpoint doesn't say what was replaced, this model has other activations, or the weights
+        ValueError: if the checkpoint doesn't record what was replaced, this model has other activations, or the weights
             don't fit.
     """
     _check_arguments(cls, arguments, options)
     if options is not None and to is None:
-        raise ValueError(f"options say how activations were replaced by to=, and it is missing; got {dict(options)!r}.")
+        raise ValueError(f"options say how activations were replaced by to=, which is missing; got {dict(options)!r}.")
     checkpoint = _read(checkpoint_path, weights_only)
     saved = _checkpoints.replacements_of(checkpoint)
     if to is None and saved is None:
@@ -85,21 +85,21 @@ def load_replaced(
     def prepare(model: pl.LightningModule) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="replace_activations.* replaced nothing")  # an error, below
-            if saved:  # so it was when the activations were replaced, and was said then
+            if saved:  # it was so when the activations were replaced, with a warning
                 warnings.filterwarnings("ignore", message="replace_activations.* left what is unresolved")
             for path, policy in steps:
                 swap(model.get_submodule(path), policy, example_inputs)
         there, present = saved_sites(saved), replaced_in(model)
         if absent := sorted({*there} - {*present}):
             raise ValueError(
-                f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the arguments,"
-                " and the example_inputs, that the model and the replacement had."
+                f"{cls.__name__} has no activations {', '.join(absent)}, which were replaced. Pass the same"
+                " model arguments and example_inputs as when they were replaced."
             )
         is_strict = model.strict_loading if strict is None else strict
         if saved and is_strict and (text := difference(model, there)):
             raise ValueError(text)
 
-    # Lightning 2.5.0 doesn't know it, and would pass it to the model.
+    # Lightning 2.5.0 doesn't know weights_only, and would pass it to the model.
     known = inspect.signature(cls.load_from_checkpoint).parameters
     safe: dict[str, Any] = {"weights_only": weights_only} if "weights_only" in known else {}
     try:
@@ -117,15 +117,15 @@ def load_replaced(
 
 
 class _UnfitError(Exception):
-    """A state that a model can't take."""
+    """The state dict doesn't fit the model."""
 
 
 @contextmanager
 def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], None]) -> Iterator[None]:
-    """Have a model of ``cls`` prepared between its construction and its ``load_state_dict``.
+    """Prepare a model of ``cls`` between its construction and its ``load_state_dict``.
 
-    For ``load_from_checkpoint``, which does both. Of the class, since it makes the instance, at times one of a
-    subclass.
+    For ``load_from_checkpoint``, which does both. It patches the class, since the instance doesn't exist yet, and may
+    be one of a subclass.
     """
     original = cls.load_state_dict
     prepared: list[Any] = []
@@ -146,7 +146,7 @@ def _before_its_state(cls: type[pl.LightningModule], prepare: Callable[[Any], No
 
 
 def _is_within_a_model() -> bool:
-    """Whether a model's own code is calling, such as one that loads its teacher while it is made."""
+    """Whether a model's own code is the caller, such as one that loads its teacher while it is made."""
     frame: Any = inspect.currentframe()
     frame = frame.f_back.f_back  # the caller of load_state_dict
     while frame is not None and frame.f_code is not load_replaced.__code__:
@@ -168,7 +168,7 @@ def _read(path: str | Path | IO[bytes], weights_only: bool) -> dict[str, Any]:
 
 
 def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any], options: Any) -> None:
-    """Lightning passes over what a model doesn't take."""
+    """Raise for unknown names: Lightning ignores what a model doesn't take."""
     for name in options or ():
         if name not in _OPTIONS:
             raise TypeError(f"replace_activations has no option {name!r}; options may have {', '.join(_OPTIONS)}.")
@@ -182,7 +182,7 @@ def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any]
 
 
 def _steps(saved: Mapping[str, Any], to: Replacement | None) -> list[tuple[str, Policy]]:
-    """The replacements of a checkpoint in their order, each for the module at its path."""
+    """The replacements of a checkpoint in order, each with the path of its module."""
     calls = [(path, call) for path, what in saved.items() for call in what.get("history", [])]
     unknown = [call for _, call in calls if call["to"] is None]
     wanted = unknown if len(calls) > 1 else [call for _, call in calls]
@@ -190,7 +190,7 @@ def _steps(saved: Mapping[str, Any], to: Replacement | None) -> list[tuple[str, 
         raise ValueError("The activations were replaced with a class or a function of your own: pass it as to=.")
     if to is not None and len(wanted) != 1:
         raise ValueError(
-            f"to={to!r} says one replacement, and the checkpoint has {len(calls)}, {len(unknown)} of them with classes"
+            f"to={to!r} is one replacement, and the checkpoint has {len(calls)}, {len(unknown)} of them with classes"
             " or functions of your own. Replace the activations in the model's __init__, and use load_from_checkpoint."
         )
     everything: dict[str, Any] = {"gates": True, "outputs": True, "after_residual": True}

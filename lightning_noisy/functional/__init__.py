@@ -1,4 +1,4 @@
-"""Stateless formulas on tensors and floats; nothing here needs more than torch."""
+"""Stateless formulas on tensors and floats; depend only on torch."""
 
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.scores import anact_score, rho, rho_prime

@@ -36,7 +36,7 @@ def moments(x: Tensor, y: Tensor, derivative: Tensor, dims: Sequence[int] | None
         x: float tensor of any shape, not empty.
         y: δ(x), same shape.
         derivative: δ′(x), same shape.
-        dims: dimensions to take them over; they stay, with size 1. None: all, and the moments are 0-dimensional.
+        dims: dimensions to reduce; they are kept with size 1. None: all, and the moments are 0-dimensional.
 
     Returns:
         Moments of the dtype of ``x``.
@@ -52,12 +52,12 @@ def moments(x: Tensor, y: Tensor, derivative: Tensor, dims: Sequence[int] | None
 
 
 def sums(count: int, found: Moments, *, dtype: torch.dtype) -> Tensor:
-    """Moments as what can be added up: the number of elements and the sums of x, x², δ, δ² and δ′².
+    """Moments in additive form: the number of elements and the sums of x, x², δ, δ² and δ′².
 
     Args:
-        count: number of elements that the moments are of.
+        count: number of elements of the moments.
         found: 0-dimensional moments.
-        dtype: of the sums. In float64 a mean far beyond the standard deviation cancels nothing that matters.
+        dtype: dtype of the sums. In float64, cancellation is negligible even if the mean far exceeds the deviation.
 
     Returns:
         Tensor, shape (6,).
@@ -68,7 +68,7 @@ def sums(count: int, found: Moments, *, dtype: torch.dtype) -> Tensor:
 
 
 def pooled(added: Tensor) -> Moments:
-    """The moments of all elements that went into the sum of several :func:`sums`; NaN if there were none.
+    """The moments over all elements of several added :func:`sums`; NaN if there are none.
 
     Args:
         added: shape (6,), or (6, n) for n sites.

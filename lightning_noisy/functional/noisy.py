@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
-_SMALLEST_SCALE = 1e-20  # in the place of 0 in a denominator: the limit comes out exactly, also in float32
+_SMALLEST_SCALE = 1e-20  # replaces 0 in a denominator: gives the exact limit, also in float32
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class HardFunction:
         hard: h, elementwise.
         linear: u, elementwise; equal to h where h doesn't saturate.
         slope: if h clips a straight line, :math:`h(x) = \mathrm{clip}(u(x), a, b)`, the slope of that line.
-        offset: then its value at 0.
-        bounds: then (a, b).
+        offset: in that case, its value at 0.
+        bounds: in that case, (a, b).
     """
 
     hard: Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ def _clipped(slope: float, offset: float, lower: float, upper: float) -> HardFun
     return HardFunction(hard, partial(_line, slope=slope, offset=offset), slope, offset, (lower, upper))
 
 
-# The sigmoid's slope at 0 is 1/4, so the hard one saturates at |x| = 2; nn.Hardsigmoid is another function.
+# The sigmoid's slope at 0 is 1/4, so the hard one saturates at |x| = 2; nn.Hardsigmoid is different.
 HARD = {
     "tanh": _clipped(1, 0, -1, 1),
     "sigmoid": _clipped(0.25, 0.5, 0, 1),
@@ -74,7 +74,7 @@ def noise_scale(delta: Tensor, p: Tensor, c: Tensor | float) -> Tensor:
     Args:
         delta: Δ = h(x) - u(x), float tensor of any shape; 0 where h doesn't saturate.
         p: learned, broadcastable to ``delta``.
-        c: largest σ is c / 4; >= 0, a number or a 0-dimensional tensor.
+        c: scale, >= 0, a number or a 0-dimensional tensor; σ is at most c / 4.
 
     Returns:
         σ, shape of ``delta``, >= 0.
@@ -86,7 +86,7 @@ def noise_scale(delta: Tensor, p: Tensor, c: Tensor | float) -> Tensor:
 
 
 def _direction(x: Tensor, alpha: float) -> Tensor:
-    """d(x) = -sgn(x) sgn(1 - α) with sgn(0) = 1: where α > 1, towards the linear function."""
+    """d(x) = -sgn(x) sgn(1 - α) with sgn(0) = 1: for α > 1, towards the linear function."""
     away = -1.0 if alpha <= 1 else 1.0
     return torch.where(x >= 0, away, -away)
 
@@ -102,7 +102,7 @@ def output_noise(
         p: learned, broadcastable to ``x``.
         c: see :func:`noise_scale`.
         function: h and u.
-        alpha: α; above 1 the output leans away from u, and the noise towards it.
+        alpha: α; above 1, the output is shifted away from u, and the noise points towards u.
 
     Returns:
         φ, shape of ``x``.
@@ -119,7 +119,7 @@ def output_noise(
 def expected_output_noise(
     x: Tensor, p: Tensor, c: Tensor | float, *, function: HardFunction, alpha: float, half_normal: bool
 ) -> Tensor:
-    """What evaluation uses, E[φ(x)] (Eq. 13): E[ε] is 0, or √(2/π) with ``half_normal``; see :func:`output_noise`.
+    """E[φ(x)] for evaluation (Eq. 13): E[ε] is 0, or √(2/π) with ``half_normal``; see :func:`output_noise`.
 
     >>> x = torch.tensor([3.0])
     >>> expected_output_noise(x, torch.ones(1), 0.0, function=HARD["tanh"], alpha=1.0, half_normal=True)
@@ -146,12 +146,12 @@ def input_noise(x: Tensor, xi: Tensor, sigma: Tensor | float, *, function: HardF
 
 
 def expected_input_noise(x: Tensor, sigma: Tensor | float, *, function: HardFunction) -> Tensor:
-    r"""What evaluation uses, :math:`E[h(x + \sigma \xi)]`; arguments as in :func:`input_noise`.
+    r""":math:`E[h(x + \sigma \xi)]` for evaluation; arguments as in :func:`input_noise`.
 
-    A closed form where h clips a line: the expectation of :math:`\max(y, 0)` for y of mean m and standard deviation s
-    is :math:`\max(m, 0) + s\, g(|m| / s)` with :math:`g(t) = \varphi(t) - t\, \Phi(-t)`, so that each bound adds what
-    it rounds off; where σ = 0 it is h. For other h, Gauss-Hermite quadrature with 32 nodes, which is inexact in the
-    third digit or so where h has a kink.
+    In closed form if h clips a line: the expectation of :math:`\max(y, 0)` for normal y with mean m and standard
+    deviation s is :math:`\max(m, 0) + s\, g(|m| / s)` with :math:`g(t) = \varphi(t) - t\, \Phi(-t)`, so each bound
+    contributes one such term; for σ = 0 the result is h. For other h, by Gauss-Hermite quadrature with 32 nodes, whose
+    error is in about the third digit (the second for σ > 1) if h has a kink.
 
     >>> expected_input_noise(torch.tensor([0.0]), 1.0, function=HARD["relu"])  # 1 / sqrt(2 pi)
     tensor([0.3989])
@@ -171,13 +171,13 @@ def expected_input_noise(x: Tensor, sigma: Tensor | float, *, function: HardFunc
 
 
 def _rounded_off(distance: Tensor, scale: Tensor) -> Tensor:
-    t = (distance.abs() / scale).clamp_max(40)  # where it is 0
+    t = (distance.abs() / scale).clamp_max(40)  # g is 0 there
     g: Tensor = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi) - t * torch.special.ndtr(-t)
     return scale * g
 
 
 def _hermite(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights for expectations of N(0, 1): the Golub-Welsch eigenvalue problem."""
+    """Nodes and weights for expectations under N(0, 1), by the Golub-Welsch algorithm."""
     off_diagonal = torch.arange(1, count, dtype=torch.float64).sqrt()
     matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     nodes, vectors = torch.linalg.eigh(matrix)

@@ -14,17 +14,17 @@ Gain = TypeVar("Gain", Tensor, float)
 
 
 def normalization_factor(rho: Gain, rho_prime: Gain) -> Gain:
-    r"""The factor that brings the gains of signal and gradient to 1, as a compromise of both.
+    r"""The factor that brings the gains of signal and gradient to 1, as a compromise between both.
 
     :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}`, Eq. 13: :math:`\lambda^2` is the reciprocal of
     their harmonic mean.
 
     Args:
         rho: gain of the signal, Var[δ(x)] / Var[x] (Eq. 31), > 0; a tensor or a float.
-        rho_prime: gain of the gradient, E[δ′(x)²] (Eq. 6), > 0, likewise.
+        rho_prime: gain of the gradient, E[δ′(x)²] (Eq. 6), > 0, of the same type.
 
     Returns:
-        λ, likewise.
+        λ, of the same type.
 
     >>> normalization_factor(torch.tensor(0.340845), torch.tensor(0.5))  # ReLU on N(0, 1)
     tensor(1.5707)
@@ -51,7 +51,7 @@ def normalize_output(output: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """A product in half precision whose factor's gradient, a sum over all elements, is taken in the factor's."""
+    """A product in half precision; the factor's gradient, a sum over all elements, has the factor's precision."""
 
     generate_vmap_rule = True
 
@@ -73,18 +73,18 @@ class _Scaled(torch.autograd.Function):
 def update_running(
     running: Tensor, batch: Tensor, *, momentum: float, bounds: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    r"""Move a running value towards the batch's, unless the batch's is out of bounds.
+    r"""Update a running statistic with the batch's value, unless that is out of bounds.
 
     :math:`m \rho_M + (1 - m) \rho` if :math:`L \rho < \rho_M < U \rho`, else :math:`\rho` (Eq. 17-18).
 
     Args:
-        running: the running value, > 0, 0-dimensional.
+        running: the running statistic, > 0, 0-dimensional.
         batch: the batch's value, 0-dimensional.
         momentum: m, the weight of the batch, in (0, 1].
-        bounds: (L, U), multiples of the running value.
+        bounds: (L, U), as multiples of the running statistic.
 
     Returns:
-        The new running value, and whether the batch's was accepted (bool tensor).
+        The new running statistic, and whether the batch's value was accepted (bool tensor).
 
     >>> update_running(torch.tensor(1.0), torch.tensor(9.0), momentum=0.1, bounds=(0.2, 5.0))
     (tensor(1.), tensor(False))

@@ -15,8 +15,8 @@ from lightning_noisy.functional.slopes import slope
 
 __all__ = ["Gains", "anact_score", "gains", "gpn_constants", "rho", "rho_prime"]
 
-_REACH = 12.0  # standard deviations that the quadrature goes to: the density is 1e-32 there
-_PANELS = 3 * 2**15  # of 5 nodes each; 0 is between two of them, as the kinks of most activations are
+_REACH = 12.0  # range of the quadrature in standard deviations: the density is 1e-32 there
+_PANELS = 3 * 2**15  # of 5 nodes each; 0, where most activations have kinks, is between two panels
 
 
 def rho(input_var: Tensor, output_mean: Tensor, output_var: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def rho(input_var: Tensor, output_mean: Tensor, output_var: Tensor) -> Tensor:
         output_var: variance of the output, same shape.
 
     Returns:
-        ρ, same shape; NaN or infinite where the input doesn't vary.
+        ρ, same shape; NaN or infinite where the input is constant.
 
     >>> import torch
     >>> h = torch.linspace(-1, 1, 201, dtype=torch.float64)
@@ -69,7 +69,7 @@ def anact_score(rho: Tensor, rho_prime: Tensor) -> Tensor:
         rho_prime: ρ′ of each layer, same shape.
 
     Returns:
-        The score, a 0-dimensional tensor; infinite when a layer lets nothing through.
+        The score, a 0-dimensional tensor; infinite if ρ or ρ′ of a layer is 0.
 
     >>> import torch
     >>> anact_score(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.5])).item()  # ln 2
@@ -90,18 +90,18 @@ class Gains(NamedTuple):
 
 
 def gains(function: Callable[[Tensor], Tensor], sigma: float = 1.0) -> Gains:
-    r"""The scores of an elementwise function where its input is normal, :math:`h \sim \mathcal N(0, \sigma^2)`.
+    r"""The scores of an elementwise function for a normal input, :math:`h \sim \mathcal N(0, \sigma^2)`.
 
-    By composite Gauss-Legendre quadrature in float64: exact to about 9 digits for functions with kinks at 0, and to
-    4 wherever else they are.
+    By composite Gauss-Legendre quadrature in float64: accurate to about 9 digits for functions with kinks
+    at 0, and to 4 for kinks elsewhere.
 
     Args:
-        function: elementwise callable or module φ; of a module, what it computes in evaluation mode.
+        function: elementwise callable or module φ; a module is called in evaluation mode.
         sigma: σ, > 0.
 
     Returns:
         ``mean`` E[φ]; ``rho`` E[φ²] / σ² (Eq. 5 of ANAct); ``centred_rho`` Var[φ] / σ² (Eq. 31); ``rho_prime``
-        E[φ′²] (Eq. 6); ``r_score`` ln(centred_rho / rho_prime) (Eq. 19), 0 where signal and gradient fare alike;
+        E[φ′²] (Eq. 6); ``r_score`` ln(centred_rho / rho_prime) (Eq. 19), 0 for equal gains of signal and gradient;
         ``factor`` λ (Eq. 13 with Eq. 31). Floats.
 
     Raises:
@@ -134,7 +134,7 @@ def gains(function: Callable[[Tensor], Tensor], sigma: float = 1.0) -> Gains:
 def gpn_constants(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     r"""The constants of Gaussian-Poincaré normalization: g = a f + b has :math:`E[g^2] = E[g'^2] = 1` at N(0, 1).
 
-    :math:`a = E[f'^2]^{-1/2}`; b is the upper root of :math:`b^2 + 2 a E[f] b + a^2 E[f^2] = 1`.
+    :math:`a = E[f'^2]^{-1/2}`; b is the larger root of :math:`b^2 + 2 a E[f] b + a^2 E[f^2] = 1`.
 
     Args:
         function: elementwise callable or module f.
@@ -143,23 +143,23 @@ def gpn_constants(function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         (a, b).
 
     Raises:
-        ValueError: if f is flat, so that there is no a, or jumps, so that Var f > E[f'^2] and there is no b.
+        ValueError: if f′ = 0, so that there is no a, or f jumps, so that Var f > E[f'^2] and there is no b.
 
     >>> [round(number, 4) for number in gpn_constants(torch.tanh)]
     [1.4674, 0.3885]
     """
     at = gains(function)
     if not at.rho_prime > 0:
-        raise ValueError(f"{function!r} has no gradient at N(0, 1), so that no factor brings its square to 1.")
+        raise ValueError(f"{function!r} has no gradient at N(0, 1), so no factor makes its mean square 1.")
     a = at.rho_prime**-0.5
-    rest = 1 - a**2 * at.centred_rho  # >= 0 where f is continuous: Poincaré
+    rest = 1 - a**2 * at.centred_rho  # >= 0 for continuous f (Poincaré inequality)
     if rest < -1e-6:
-        raise ValueError(f"{function!r} jumps: no shift brings its square to 1.")
+        raise ValueError(f"{function!r} is discontinuous: no shift makes the mean square 1.")
     return a, -a * at.mean + math.sqrt(max(0.0, rest))
 
 
 def _normal_nodes() -> tuple[Tensor, Tensor]:
-    """Nodes, and weights for expectations at N(0, 1)."""
+    """Nodes and weights for expectations under N(0, 1)."""
     far, close = (245 + 14 * 70**0.5) ** 0.5 / 21, (245 - 14 * 70**0.5) ** 0.5 / 21
     near = torch.tensor([-far, -close, 0.0, close, far], dtype=torch.float64)
     outer, inner = (322 - 13 * 70**0.5) / 900, (322 + 13 * 70**0.5) / 900

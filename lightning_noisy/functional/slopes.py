@@ -42,28 +42,28 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _autograd_slope(function: Elementwise, x: Tensor) -> Tensor:
-    # Compilers, transforms and tracers don't follow a backward pass within a forward pass.
+    # Compilers, transforms and tracers don't support a backward pass within a forward pass.
     if torch.compiler.is_dynamo_compiling():
         derivative: Tensor = torch.func.grad(lambda leaf: function(leaf).sum())(x)
         return derivative
     inside = torch.compiler.is_compiling() or is_transforming()
     if inside or type(x) not in (Tensor, nn.Parameter):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts something at its first use of it
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch calls torch.jit.script on the first use
             derivative = torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
         return derivative
-    # Hooks of an outer context, such as activation checkpointing, are not to count what is saved here.
+    # Keeps tensors that are saved here from the hooks of an outer context, such as activation checkpointing.
     hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
     with torch.inference_mode(False), torch.enable_grad(), hooks:
         leaf = x.clone().detach().requires_grad_()
-        # Another copy lets functions that work in place do so: autograd refuses that on a leaf.
+        # Functions that work in place need another copy: autograd allows no in-place operation on a leaf.
         y = function(leaf.clone())
-        return torch.autograd.grad(y.sum(), leaf)[0] if y.requires_grad else torch.zeros_like(x)  # a step has none
+        return torch.autograd.grad(y.sum(), leaf)[0] if y.requires_grad else torch.zeros_like(x)  # of a step function
 
 
 @torch.no_grad()
 def works_in_place(function: Elementwise) -> bool:
-    """Whether a function overwrites its argument, as far as three numbers show."""
+    """Whether a function overwrites its argument, tested on three numbers."""
     x = torch.tensor([-1.0, 0.5, 2.0], device="cpu", dtype=torch.float32)
     before = x.clone()
     try:
@@ -76,7 +76,7 @@ def works_in_place(function: Elementwise) -> bool:
 
 @contextmanager
 def side_effect_free(function: Elementwise, x: Tensor) -> Iterator[Elementwise]:
-    """A context for evaluating ``function`` on ``x`` once more: without its hooks, the random state restored."""
+    """Context for evaluating ``function`` on ``x`` again, without its hooks; RReLU doesn't change the random state."""
     evaluate = function.forward if isinstance(function, nn.Module) else function
     if isinstance(function, nn.RReLU) and function.training:
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
@@ -89,8 +89,8 @@ def side_effect_free(function: Elementwise, x: Tensor) -> Iterator[Elementwise]:
 def slope(function: Elementwise, x: Tensor) -> Tensor:
     r"""Derivative :math:`\varphi'(x)` of an elementwise function at every element.
 
-    Closed forms for ReLU, LeakyReLU, PReLU and Swish (SiLU); autograd for everything else. The state of the
-    global random generators is as before afterwards, also for a function that draws (RReLU).
+    Closed forms for ReLU, LeakyReLU, PReLU and Swish (SiLU); autograd for everything else. An RReLU
+    module doesn't change the state of the global random generators.
 
     Args:
         function: elementwise callable or module.
@@ -119,7 +119,7 @@ def slope(function: Elementwise, x: Tensor) -> Tensor:
 
 
 def value_and_slope(function: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The function, through which gradients flow, and its derivative, through which none do, in few operations.
+    """The function's value, differentiable, and its derivative, detached, in few operations.
 
     Args:
         function: elementwise callable or module.
@@ -128,7 +128,7 @@ def value_and_slope(function: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of the shape of ``x``.
     """
-    if type(function) is nn.SiLU or function is F.silu:  # a compiler doesn't see that both have the same sigmoid
+    if type(function) is nn.SiLU or function is F.silu:  # compilers don't share the sigmoid of both
         s = torch.sigmoid(x)
         y = x * s
         return y, (s + y * (1 - s)).detach()
@@ -139,7 +139,7 @@ def value_and_slope(function: Elementwise, x: Tensor) -> tuple[Tensor, Tensor]:
 def largest_slope(function: Elementwise, *, device: torch.device | None = None) -> Tensor:
     r"""Largest :math:`|\varphi'|` of an elementwise function, found on a grid over [-10, 10] in steps of 0.01.
 
-    Saturation is judged against it: 0.01 is flat for tanh (1), less so for the sigmoid (0.25).
+    Saturation is relative to it: a slope of 0.01 is flat for tanh (largest: 1), less so for the sigmoid (0.25).
 
     Args:
         function: elementwise callable or module.

@@ -1,6 +1,6 @@
-"""Where DeepSpeed's optimizers have the elements of the parameters.
+"""Find the elements of the parameters in DeepSpeed's optimizers.
 
-They give an optimizer of torch flat vectors, one for each parameter group, or several, of which a rank may have a part,
+They give a torch optimizer flat vectors, one or several for each parameter group, of which a rank may hold a partition,
 and with ZeRO call its ``step`` for one vector after the other.
 """
 
@@ -23,11 +23,11 @@ __all__ = ["FlatVectors", "base_optimizer", "fragments"]
 
 
 class FlatVectors:
-    """The layout of DeepSpeed's optimizers, whose calls for one flat vector after the other are one step.
+    """The layout of DeepSpeed's optimizers, whose calls for all flat vectors together are one step.
 
     Args:
-        optimizer: one for which :func:`base_optimizer` has found the inner one.
-        model: where names come from.
+        optimizer: a DeepSpeed optimizer for which :func:`base_optimizer` has found the inner one.
+        model: provides the parameter names.
         params: chooses parameters, or None for all.
     """
 
@@ -40,18 +40,18 @@ class FlatVectors:
         self._model = unwrapped(model)
         self._params = params
         self._names: dict[nn.Parameter, str] | None = None  # of those that get noise
-        # By the vectors of a call, and with them, so that no id is used again.
+        # By the ids of a call's vectors, stored with these, so that no id is reused.
         self._plans: dict[tuple[int, ...], tuple[NoisePlan, list[Tensor]]] = {}
-        self._vectors = 0  # how many there are
-        self._done: set[int] = set()  # which of them have had their turn in this step
+        self._vectors = 0  # their number
+        self._done: set[int] = set()  # ids of those that this step has updated
 
     @property
     def under_way(self) -> bool:
-        """Whether some vectors have had their turn."""
+        """Whether the current step has updated some vectors."""
         return bool(self._done)
 
     def plan(self, optimizer: Optimizer) -> NoisePlan:
-        """For the vectors that the optimizer has for the present call."""
+        """The plan for the vectors of the current call."""
         key = tuple(_vectors(optimizer))
         if key not in self._plans:
             known = [vector for group in optimizer.param_groups for vector in group["params"]]
@@ -59,19 +59,19 @@ class FlatVectors:
         return self._plans[key][0]
 
     def parameters(self, optimizer: Optimizer) -> list[Any]:
-        """They are known in a step alone."""
+        """Empty: they are known only during a step."""
         return []
 
     def gradients(self, optimizer: Optimizer, scales: list[float]) -> list[Tensor]:
-        """They are known in a step alone."""
+        """Empty: they are known only during a step."""
         return []
 
     def marks(self, optimizer: Optimizer) -> list[Mark]:
-        """DeepSpeed tries no step again."""
+        """Empty: DeepSpeed doesn't retry a step."""
         return []
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """A vector whose turn it was already begins another step."""
+        """A vector that was updated already begins another step."""
         if self._done.isdisjoint(_vectors(optimizer)):
             return False
         self._done.clear()
@@ -86,7 +86,7 @@ class FlatVectors:
         return self.any_chosen
 
     def restart(self) -> None:
-        """Let all vectors have their turn again."""
+        """Forget which vectors were updated."""
         self._done.clear()
 
     def _make_plan(self, optimizer: Optimizer) -> NoisePlan:
@@ -106,7 +106,7 @@ class FlatVectors:
         return NoisePlan(chosen, groups, {fragment: fragment.start for fragment in chosen.values()}, padding)
 
     def _chosen_names(self) -> dict[nn.Parameter, str]:
-        """Of all parameters that DeepSpeed trains, on whatever rank, those that get noise."""
+        """The parameters that get noise, of all that DeepSpeed trains on any rank."""
         chosen, names = {}, parameter_names(self._model)
         layout = _layout(self._optimizer)
         assert layout is not None
@@ -122,18 +122,18 @@ class FlatVectors:
 
 
 def base_optimizer(optimizer: Any) -> Optimizer | None:
-    """The optimizer of torch to which one of DeepSpeed's gives flat vectors.
+    """The torch optimizer to which a DeepSpeed optimizer gives flat vectors.
 
-    By then gradients are summed over micro-batches and ranks, unscaled, clipped, and known to be finite.
+    At its step, gradients are summed over micro-batches and ranks, unscaled, clipped, and known to be finite.
 
     Args:
-        optimizer: any.
+        optimizer: any optimizer.
 
     Returns:
-        None if it is none of DeepSpeed's.
+        The inner optimizer; None if ``optimizer`` is not DeepSpeed's.
 
     Raises:
-        TypeError: if it is one where the elements can't be found, or are updated by something else as well.
+        TypeError: if it is a DeepSpeed optimizer whose elements can't be found, or are also updated elsewhere.
     """
     if isinstance(optimizer, Optimizer) or not type(optimizer).__module__.startswith("deepspeed."):
         return None
@@ -145,20 +145,20 @@ def base_optimizer(optimizer: Any) -> Optimizer | None:
     beside = ("zenflow", "backup_optimizer", "superoffload_cpu_optimizer", "fused_adam_legacy", "fused_lamb_legacy")
     if any(getattr(optimizer, name, False) for name in beside):
         raise TypeError(
-            "Gradient noise doesn't reach what DeepSpeed updates beside the optimizer. Configure it without ZenFlow,"
+            "Gradient noise doesn't reach what DeepSpeed updates outside the optimizer. Configure it without ZenFlow,"
             ' SuperOffload and "legacy_fusion", and with an offload_optimizer of "ratio": 1.0.'
         )
     return inner
 
 
 def fragments(optimizer: Any) -> dict[Tensor, list[tuple[nn.Parameter, Fragment]]]:
-    """The flat vectors of this rank, and what they have of which parameters.
+    """The flat vectors of this rank, and the fragments of parameters in them.
 
     Args:
-        optimizer: one of DeepSpeed's, for which :func:`base_optimizer` has found the inner one.
+        optimizer: a DeepSpeed optimizer for which :func:`base_optimizer` has found the inner one.
 
     Returns:
-        By vector, in their order. Padding belongs to no parameter.
+        The fragments by vector, in order. Padding belongs to no parameter.
     """
     layout = _layout(optimizer)
     assert layout is not None
@@ -167,14 +167,14 @@ def fragments(optimizer: Any) -> dict[Tensor, list[tuple[nn.Parameter, Fragment]
     for vector, group in zip(getattr(optimizer, vectors), getattr(optimizer, groups), strict=True):
         if isinstance(vector, Tensor):
             found[vector] = of_group(vector, group)
-        else:  # each parameter has its own
+        else:  # one for each parameter
             found.update({each: of_group(each, [p]) for each, p in zip(vector, group, strict=True)})
     return found
 
 
 @contextmanager
 def _whole_shape(parameter: Any) -> Iterator[nn.Parameter]:
-    """The parameter, with its whole shape also where ZeRO 3 has partitioned it; its values are not there then."""
+    """The parameter with its full shape, even if ZeRO 3 has partitioned it; its values are undefined then."""
     shape = getattr(parameter, "ds_shape", None)
     values = parameter.data
     if shape is not None and values.shape != shape:
@@ -186,7 +186,7 @@ def _whole_shape(parameter: Any) -> Iterator[nn.Parameter]:
 
 
 def _of_partitions(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Fragment]]:
-    """ZeRO 3: each parameter is flattened, padded, and cut in equal parts, one for each rank."""
+    """ZeRO 3: each parameter is flattened, padded, and split into equal parts, one per rank."""
     found, offset = [], 0
     for parameter in group:
         size = parameter.partition_numel()
@@ -198,10 +198,10 @@ def _of_partitions(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, F
 
 
 def _of_mapping(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Fragment]]:
-    """ZeRO 1 and 2: the parameters of a group are flattened into one vector, which is cut in equal parts."""
+    """ZeRO 1 and 2: the parameters of a group are flattened into one vector, which is split into equal parts."""
     found = []
     for parameter in group:
-        mapping = parameter._hp_mapping  # None if this rank has nothing of it
+        mapping = parameter._hp_mapping  # None if this rank holds nothing of it
         if mapping is not None:
             inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
             found.append((parameter, Fragment(flat, inside.start, inside.numel, outside.start)))
@@ -209,7 +209,7 @@ def _of_mapping(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Frag
 
 
 def _in_sequence(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Fragment]]:
-    """Half precision without ZeRO: one after the other, on each rank."""
+    """Half precision without ZeRO: each rank has all parameters, one after the other."""
     found, offset = [], 0
     for parameter in group:
         found.append((parameter, Fragment(flat, offset, parameter.numel(), 0)))
@@ -218,7 +218,7 @@ def _in_sequence(flat: Tensor, group: list[Any]) -> list[tuple[nn.Parameter, Fra
 
 
 def _layout(optimizer: Any) -> tuple[str, str, Callable[..., list[tuple[nn.Parameter, Fragment]]]] | None:
-    """The attributes that have the vectors and the parameters of each, and how these lie in it."""
+    """The attributes that hold the vectors and their parameters, and the function that locates these."""
     layouts = (
         ("fp32_partitioned_groups_flat", "fp16_groups", _of_partitions),
         ("single_partition_of_fp32_groups", "bit16_groups", _of_mapping),
@@ -230,5 +230,5 @@ def _layout(optimizer: Any) -> tuple[str, str, Callable[..., list[tuple[nn.Param
 
 
 def _vectors(optimizer: Optimizer) -> list[int]:
-    """The identities of what an optimizer has."""
+    """The ids of an optimizer's vectors."""
     return [id(vector) for group in optimizer.param_groups for vector in group["params"]]

@@ -1,4 +1,4 @@
-"""Where the parameters of torch's first FSDP (`FullyShardedDataParallel`) have their shards."""
+"""Locate the shards of parameters in torch's first FSDP (`FullyShardedDataParallel`)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["flat_shards"]
 
 
 def flat_shards(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Of each parameter that is a flat shard: the index of its first element in the whole.
+    """For each parameter that is a flat shard, the index of its first element in the full parameter.
 
-    FSDP flattens the parameters of a module into one vector and gives each rank a stretch of it; with
-    ``use_orig_params=True`` a parameter is then the flat part of itself that lies in the stretch.
+    FSDP flattens the parameters of a module into one vector and gives each rank a contiguous part of it; with
+    ``use_orig_params=True`` a parameter is then the flattened piece of itself in that part.
 
     Args:
         model: any module.
 
     Returns:
-        By parameter; empty for a model without FSDP.
+        The indices by parameter; empty for a model without FSDP.
 
     Raises:
         TypeError: if a module was wrapped with ``use_orig_params=False``, where parameters have no names.

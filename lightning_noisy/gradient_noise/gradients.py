@@ -1,4 +1,4 @@
-"""The gradients of parameters: of which kinds they may be, and where in the whole their elements belong."""
+"""The kinds of gradients that are supported, and the positions of their elements in the full parameter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Fragment", "Parameter", "blocks", "checked_gradient", "local", "padd
 
 
 class Fragment:
-    """Consecutive elements of a parameter that lie in a flat vector of DeepSpeed; to a plan it is a parameter.
+    """Consecutive elements of a parameter in a flat vector of DeepSpeed; a plan treats them as a parameter.
 
     Args:
-        flat: the vector, whose gradient has its gradient.
-        offset: its first element there.
-        count: how many there are.
-        start: its first element in the parameter.
+        flat: the vector, whose gradient contains theirs.
+        offset: index of the first element in the vector.
+        count: number of elements.
+        start: index of the first element in the parameter.
     """
 
     def __init__(self, flat: Tensor, offset: int, count: int, start: int) -> None:
@@ -32,12 +32,12 @@ class Fragment:
         self._part = slice(offset, offset + count)
 
     def numel(self) -> int:
-        """How many elements there are."""
+        """The number of elements."""
         return self._part.stop - self._part.start
 
     @property
     def grad(self) -> Tensor | None:
-        """Their gradient, a view of that of the vector."""
+        """Their gradient, a view of the vector's gradient."""
         gradient = self._flat.grad
         if gradient is None or gradient.numel() == self.numel():
             return gradient
@@ -46,12 +46,12 @@ class Fragment:
 
 Parameter = nn.Parameter | Fragment
 
-_MOST_AT_ONCE = 1 << 16  # elements of a block whose numbers are drawn apart, and rows of any block
-_MOST_IN_PLACE = 1 << 20  # elements of a block that has rows, and gets the numbers where it is
+_MOST_AT_ONCE = 1 << 16  # elements of a block whose noise is drawn into a buffer, and rows of any block
+_MOST_IN_PLACE = 1 << 20  # elements of a block of rows that gets its noise in place
 
 
 def pointer(tensor: Tensor) -> int:
-    """Where a tensor lies in memory, if that is what the kernel takes: float32, on the CPU, contiguous. Else 0."""
+    """The address of a tensor if the kernel takes it: float32, on the CPU, contiguous. Else 0."""
     plain = type(tensor) is Tensor and isinstance(tensor, torch.FloatTensor)  # dense ones, on the CPU
     if plain and tensor.is_contiguous() and not tensor.is_neg():
         return tensor.data_ptr()
@@ -59,7 +59,7 @@ def pointer(tensor: Tensor) -> int:
 
 
 def checked_gradient(parameter: Parameter) -> Tensor:
-    """The gradient, if it is of a kind that noise can be added to; made coalesced, and no conjugate view."""
+    """The gradient, if noise can be added to it; made coalesced, without overlapping memory, and no conjugate view."""
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -75,20 +75,20 @@ def checked_gradient(parameter: Parameter) -> Tensor:
         if not (values := gradient.values()).is_contiguous():
             parts = gradient.indices(), values.contiguous()
             gradient = torch.sparse_coo_tensor(*parts, gradient.shape, is_coalesced=True, check_invariants=False)
-        parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
+        parameter.grad = gradient  # type: ignore[misc]  # never a fragment
     elif gradient.layout != torch.strided:
         raise TypeError(f"Noise needs a dense or sparse COO gradient, got one of layout {gradient.layout}.")
-    elif _overlaps(gradient):  # expanded, for one
+    elif _overlaps(gradient):  # such as an expanded one
         gradient = gradient.contiguous()
         parameter.grad = gradient  # type: ignore[misc]
-    elif gradient.is_conj() or gradient.is_neg():  # views, of which autograd makes some of complex parameters
+    elif gradient.is_conj() or gradient.is_neg():  # views that autograd may make for complex parameters
         gradient = gradient.resolve_conj().resolve_neg()
         parameter.grad = gradient  # type: ignore[misc]
     return gradient
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements may lie at one place in memory."""
+    """Whether several elements may share memory."""
     end = 0
     for step, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if step <= end:
@@ -98,14 +98,14 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def local(gradient: Tensor) -> Tensor:
-    """This rank's part."""
+    """This rank's shard of a gradient."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def padding_row(parameter: Parameter, start: int, first: int, count: int) -> Iterator[Tensor]:
-    """The part of an embedding's gradient that is its padding row, if it is here."""
+    """The part of an embedding's gradient that is its padding row, if this rank has it."""
     gradient = parameter.grad
-    if gradient is None or gradient.is_sparse or not has_values(gradient):  # torch leaves it out of sparse ones
+    if gradient is None or gradient.is_sparse or not has_values(gradient):  # torch omits it from sparse ones
         return
     if gradient.dim() == 1:  # a flat shard
         begin, end = first - start, first + count - start
@@ -154,9 +154,9 @@ def blocks(parameter: Parameter, start: int) -> Iterator[tuple[Tensor, list[int]
 
 
 def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[tuple[Tensor, list[int] | Tensor]]:
-    """Blocks of a tensor whose address goes up by ``steps`` along its dimensions."""
+    """Blocks of a tensor whose addresses increase by ``steps`` along its dimensions."""
     shape, size, most = tuple(tensor.shape), tensor.numel(), _most(tensor)
-    inner = len(shape)  # the dimensions from this one on lie one after another
+    inner = len(shape)  # addresses are consecutive from this dimension on
     while inner and (shape[inner - 1] == 1 or steps[inner - 1] == prod(shape[inner:])):
         inner -= 1
     if not size:
@@ -182,5 +182,5 @@ def _most(tensor: Tensor) -> int:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a contiguous tensor."""
+    """The strides of a contiguous tensor."""
     return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -24,7 +24,7 @@ from lightning_noisy.schedules import BaseSchedule, Schedule, check_schedule
 
 __all__ = ["GradientNoiseHandle", "NoisyStep", "ParameterFilter", "add_gradient_noise", "checked_state", "updating"]
 
-_SHARDS = "relative=True needs the norm of the whole gradient, and DeepSpeed and FSDP show a shard of it."
+_SHARDS = "relative=True needs the norm of the whole gradient, and DeepSpeed and FSDP1 show only a shard of it."
 
 
 def add_gradient_noise(
@@ -44,39 +44,39 @@ def add_gradient_noise(
     Deep Networks", 2015). The noise is added when the optimizer takes its step: after clipping, after gradient
     accumulation, and after the backward pass in a closure. Element i of a parameter's noise is a function of
     (``seed``, ``stream``, the parameter's name, t, i) and of nothing else: the same on one process and under any
-    sharding, which draws just its share; global random states are neither used nor changed. A parameter without a
-    gradient gets no noise, and a step without any gradient doesn't count. The noise stays in ``parameter.grad``:
-    another step before ``zero_grad`` adds its own to it. A parameter group with a key ``"noise_scale"`` (float, >= 0)
-    has σ multiplied by it.
+    sharding, where each rank draws only its share; global random states are neither used nor changed. A parameter
+    without a gradient gets no noise, and a step without any gradient doesn't count. The noise stays in
+    ``parameter.grad``: another step before ``zero_grad`` adds its own to it. A key ``"noise_scale"`` (float, >= 0) in a
+    parameter group multiplies its σ.
 
     Args:
         optimizer: any torch optimizer. Gradients may be of any float or complex dtype, dense, sharded (DTensor),
-            or sparse with one sparse dimension: then the rows that are present get noise. Or one of DeepSpeed's
-            optimizers (``engine.optimizer``), with ZeRO of any stage or without; it needs ``model=engine.module``. To
-            DeepSpeed a parameter without a gradient has one of zeros, and it gets noise. Of a wrapper around another
-            optimizer with the same parameters (Lookahead, SAM, accelerate's) the inner one gets the noise.
+            or sparse with one sparse dimension: then only the rows that are present get noise. Or a DeepSpeed optimizer
+            (``engine.optimizer``), with any stage of ZeRO or none; it needs ``model=engine.module``. DeepSpeed gives
+            zeros to a parameter without a gradient, so it gets noise. In a wrapper around another optimizer with the
+            same parameters (Lookahead, SAM, accelerate's), the inner one gets the noise.
         schedule: maps t (int) to the standard deviation σ (float, >= 0). One that follows the learning rate
             (:class:`~lightning_noisy.schedules.FollowLR`, ``Langevin``) gets that of each parameter group.
         seed: seed of the noise, an int.
-        stream: tells apart the noises of optimizers that share a seed, such as the optimizer's index; int or str.
-        model: where the parameters' names come from. Without it they come from the optimizer (``param_names``), and
-            from their position in it if that has none. Its padding rows (``nn.Embedding(padding_idx=...)``) get no
-            noise as long as their gradient is zero.
-        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. It is asked anew when
-            the optimizer's parameter groups change.
+        stream: distinguishes the noise of optimizers that share a seed, such as the optimizer's index; int or str.
+        model: provides the parameters' names. Without it they come from the optimizer (``param_names``), or else from
+            their position in it. The model's padding rows (``nn.Embedding(padding_idx=...)``) get no noise as long as
+            their gradient is zero.
+        params: which parameters get noise, ``params(name, parameter) -> bool``; by default all. It is called again
+            when the optimizer's parameter groups change.
         relative: make σ a multiple of the root mean square of the gradient's elements (after clipping, over all
             parameters that get noise), so that with equal scales the signal-to-noise ratio is 1 / ``schedule(t)``. It
-            costs a host sync per step; a gradient that is not finite gets no noise. Shards sum the squares in another
-            order than one process does, so that σ may differ in its last digits.
+            costs a host sync per step; a gradient that is not finite gets no noise. Sharding changes the order in which
+            squares are summed, so σ may differ in its last digits.
 
     Returns:
-        A handle to read and restore t, and to remove the noise. It is a context manager, too.
+        A handle to read and restore t, and to remove the noise. It is also a context manager.
 
     Raises:
-        TypeError: if an argument is not of its type, or the optimizer's class runs no hooks at its steps.
-        ValueError: if the optimizer has noise of the same seed and stream already; if ``relative`` is asked for where
-            only shards of the gradient are seen (DeepSpeed's ZeRO; at a step, torch's first FSDP); at a step, if
-            ``schedule`` or a ``"noise_scale"`` gives something that is no finite number >= 0.
+        TypeError: if an argument is of the wrong type, or the optimizer's class runs no step hooks.
+        ValueError: if the optimizer has noise of the same seed and stream already; if ``relative`` is set where only
+            shards of the gradient are visible (DeepSpeed; at a step, torch's first FSDP); at a step, if ``schedule`` or
+            a ``"noise_scale"`` gives anything but a finite number >= 0.
 
     >>> weight = nn.Parameter(torch.zeros(100_000))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -93,11 +93,11 @@ def add_gradient_noise(
 
 @dataclass(frozen=True)
 class NoisyStep:
-    """What was added at a step.
+    """The noise that was added at a step.
 
     Attributes:
-        t: of the step.
-        std: σ; where it follows the learning rate, of the first parameter group.
+        t: t of the step.
+        std: σ; if it follows the learning rate, that of the first parameter group.
         grad_norm: norm of the gradient, over the parameters that get noise, as a 0-dimensional tensor; after clipping
             and before the noise. None if it wasn't measured.
         noise_norm: root of the expected squared norm of the noise, or None.
@@ -114,10 +114,10 @@ class GradientNoiseHandle:
 
     Attributes:
         seed: the seed.
-        stream: what tells the noise apart from others of the same seed.
-        step: t, the steps with noise that the optimizer has taken.
-        last_step: what was added at the last step; None before the first, and after :meth:`load_state_dict`.
-        measuring: whether to measure the norms of gradient and noise at the coming steps; False at first. With
+        stream: distinguishes the noise from others of the same seed.
+        step: t, the number of steps with noise that the optimizer has taken.
+        last_step: the noise that was added at the last step; None before the first, and after :meth:`load_state_dict`.
+        measuring: whether to measure the norms of gradient and noise at the next steps; False at first. With
             ``relative`` they are measured anyway.
         warns_of_none: whether to warn if no parameter is chosen.
     """
@@ -150,23 +150,23 @@ class GradientNoiseHandle:
             if relative:
                 raise ValueError(_SHARDS)
             if model is None:
-                raise ValueError("DeepSpeed's flat vectors have no names of parameters: pass model=engine.module.")
+                raise ValueError("DeepSpeed's flat vectors have no parameter names: pass model=engine.module.")
             self._layout = FlatVectors(wrapper, model, params)
         self.seed, self.stream, self.step = checked_state({"seed": seed, "stream": stream, "step": 0})
         if any((other.seed, other.stream) == (self.seed, self.stream) for other in _handles(optimizer)):
             raise ValueError(
                 f"The optimizer has noise of seed={seed!r} and stream={stream!r} already, and twice the same would"
-                " double it. Remove that first, or pass another seed or stream."
+                " double it. Remove it first, or pass another seed or stream."
             )
         self.last_step: NoisyStep | None = None
         self.measuring = False
         self.warns_of_none = True
         self._schedule = schedule
         self._relative = relative
-        # Of the gradients of the step under way: if it was measured, and for relative noise.
+        # Norms of the gradients of the current step: if measured, and for relative noise.
         self._norm: Tensor | None = None
         self._wide_norm = 0.0
-        # Of the step under way, or of one that raised: whether there were gradients, and which ones have the noise.
+        # State of the current step, or of one that raised: whether there were gradients, and which ones have the noise.
         self._added = False
         self._marks: list[Mark] = []
         self._hooks = StepHooks(
@@ -178,7 +178,7 @@ class GradientNoiseHandle:
         _ATTACHED.append((self._optimizer, weakref.ref(self)))
 
     def remove(self) -> None:
-        """Take the noise off the optimizer, and forget the model; again has no effect."""
+        """Remove the noise from the optimizer, and release the model; calling it again has no effect."""
         self._hooks.remove()
         self._loading.remove()
         _ATTACHED[:] = [each for each in _ATTACHED if each[1]() is not self]
@@ -190,10 +190,10 @@ class GradientNoiseHandle:
         return {"seed": self.seed, "stream": self.stream, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the seed, the stream and the t of :meth:`state_dict`.
+        """Continue with the seed, the stream and the t of :meth:`state_dict`.
 
         Raises:
-            ValueError: if ``state`` is something else; nothing has changed then.
+            ValueError: if ``state`` is something else; nothing changes then.
         """
         self.seed, self.stream, self.step = checked_state(state)
         self.last_step = None
@@ -213,15 +213,15 @@ class GradientNoiseHandle:
         self._marks.clear()
         self.step += self._layout.end(optimizer, self._added)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it as it is
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step runs it uncompiled
     @torch.no_grad()
     def _add_noise(self, optimizer: Optimizer, again: bool) -> None:
-        """Add the noise of the present t to every gradient of the optimizer; again only if there were none before."""
-        if not optimizer.param_groups:  # as of what stands for no optimizer in Lightning
+        """Add the noise of the current t to all gradients of the optimizer; with ``again``, only if it had none."""
+        if not optimizer.param_groups:  # as in Lightning's placeholder for no optimizer
             return
         if again and self._added:
             return
-        # A step that raised after the noise, and is tried again.
+        # A step that raised after the noise was added, and is retried.
         if unchanged(self._marks):
             self._added = True
             return
@@ -229,7 +229,7 @@ class GradientNoiseHandle:
         if is_skipped:
             return
         handles = _handles(optimizer)
-        if handles[0] is self:  # measure for all before any adds its noise
+        if handles[0] is self:  # measure for all handles before any adds its noise
             for handle in handles:
                 handle._measure(optimizer, scale)
         plan = self._layout.plan(optimizer)
@@ -246,16 +246,16 @@ class GradientNoiseHandle:
         stds = [std * group_scale for std, group_scale in zip(stds, scales, strict=True)]
         noise_norm = None if self._norm is None else plan.noise_norm(stds)
         added = plan.add_noise([std * scale for std in stds], (self.seed, self.stream), self.step)
-        # On all ranks alike, some of whose shards may be empty.
+        # The same on all ranks, some of which may have empty shards.
         self._added = added or (self._layout.any_chosen and not self._layout.has_whole_gradients)
-        if self._added and not self._layout.under_way:  # of DeepSpeed's calls the first
+        if self._added and not self._layout.under_way:  # only at the first of DeepSpeed's calls
             self.last_step = NoisyStep(self.step, std, self._norm, noise_norm)
         if handles[-1] is self:
             for handle in handles:
                 handle._marks = handle._layout.marks(optimizer)
 
     def _measure(self, optimizer: Optimizer, scale: float) -> None:
-        """Measure the norm of the gradients, which are multiplied by ``scale``, if it is asked for."""
+        """Measure the norm of the gradients, which are multiplied by ``scale``, if requested."""
         gradients = self.gradients(optimizer) if self.measuring or self._relative else []
         if self._relative and not self._layout.has_whole_gradients:
             raise ValueError(_SHARDS)
@@ -263,7 +263,7 @@ class GradientNoiseHandle:
         self._norm = total_norm(gradients) / scale if gradients else None
 
     def _stds(self, groups: list[dict[str, Any]]) -> list[float]:
-        """σ of the present step for each parameter group, without its ``"noise_scale"``."""
+        """σ of the current step for each parameter group, without its ``"noise_scale"``."""
         schedule = self._schedule
         if not (isinstance(schedule, BaseSchedule) and schedule.follows_lr):
             return [self._checked(schedule(self.step))] * len(groups)
@@ -282,7 +282,7 @@ class GradientNoiseHandle:
         return std
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """The gradients that are there now and get noise at the optimizer's step; none if they are flat shards."""
+        """The current gradients that get noise at the optimizer's step; empty if they are flat shards."""
         return self._layout.gradients(optimizer, [_noise_scale(group) for group in optimizer.param_groups])
 
     def parameters(self) -> list[Any]:
@@ -292,7 +292,7 @@ class GradientNoiseHandle:
 
 
 def updating(optimizer: Any) -> Optimizer:
-    """The optimizer that updates the parameters, inside of a wrapper or of one of DeepSpeed's; raises a TypeError."""
+    """The torch optimizer that updates the parameters, maybe inside a wrapper; raises a TypeError if there is none."""
     inner = base_optimizer(optimizer)
     return stepping_optimizer(optimizer) if inner is None else inner
 
@@ -305,7 +305,7 @@ def _noise_scale(group: dict[str, Any]) -> float:
     return scale
 
 
-# Optimizers and their noises, in the order in which they are added. (An optimizer's hooks keep them alive.)
+# Optimizers and their handles, in the order in which they were added. (An optimizer's hooks keep handles alive.)
 _ATTACHED: list[tuple[weakref.ref[Optimizer], weakref.ref[GradientNoiseHandle]]] = []
 
 
@@ -328,9 +328,9 @@ def checked_state(state: Any) -> tuple[int, int | str, int]:
 
 
 def _keep_noise_scales(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Let parameter groups have their ``"noise_scale"`` also after loading a state from before they had one."""
+    """Keep the ``"noise_scale"`` of parameter groups when loading a state dict that has none."""
     groups = list(state["param_groups"])
-    for i, (present, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):  # torch compares lengths
+    for i, (present, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):  # torch checks lengths
         if "noise_scale" in present:
             groups[i] = {"noise_scale": present["noise_scale"], **saved}
     return {**state, "param_groups": groups}

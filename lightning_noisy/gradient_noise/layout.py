@@ -1,4 +1,4 @@
-"""Where an optimizer has the parameters, and their gradients: whole, as shards, or in flat vectors."""
+"""How an optimizer holds the parameters and their gradients: whole, as shards, or in flat vectors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ParameterFilter = Callable[[str, nn.Parameter], bool]
 
 
 class Layout(Protocol):
-    """What gradient noise asks for.
+    """What gradient noise needs to know of an optimizer.
 
     Attributes:
-        has_whole_gradients: whether gradients are whole, or know their whole, so that norms can be measured.
-        count: how many parameters there are, once there was a plan.
+        has_whole_gradients: whether gradients are whole or DTensors, so that norms can be measured.
+        count: the number of parameters, once there was a plan.
         any_chosen: whether any of them gets noise, on any rank.
-        under_way: whether a step has had some of its calls.
+        under_way: whether some, but not all, calls of a step have been made.
     """
 
     has_whole_gradients: bool
@@ -34,11 +34,11 @@ class Layout(Protocol):
 
     @property
     def under_way(self) -> bool:
-        """Whether a step has had some of its calls, and not all."""
+        """Whether some, but not all, calls of a step have been made."""
         ...
 
     def plan(self, optimizer: Optimizer) -> NoisePlan:
-        """How the present parameters of an optimizer get their noise."""
+        """How the current parameters of an optimizer get their noise."""
         ...
 
     def parameters(self, optimizer: Optimizer) -> list[Any]:
@@ -46,23 +46,23 @@ class Layout(Protocol):
         ...
 
     def gradients(self, optimizer: Optimizer, scales: list[float]) -> list[Tensor]:
-        """The gradients that get noise, of the groups whose scale is not 0; none if norms can't be measured."""
+        """The gradients that get noise, of the groups whose scale is not 0; empty if norms can't be measured."""
         ...
 
     def marks(self, optimizer: Optimizer) -> list[Mark]:
-        """What shows whether the gradients have the noise already when a step that raised is tried again."""
+        """Marks that show whether the gradients have the noise already when a step that raised is retried."""
         ...
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """Note that the optimizer's ``step`` begins; whether a step before it ended early, and counts."""
+        """Note that the optimizer's ``step`` begins; return whether a step before it ended early, and counts."""
         ...
 
     def end(self, optimizer: Optimizer, added: bool) -> bool:
-        """Note that it ends, having added noise or not; whether a step has been taken."""
+        """Note that it ends, and whether noise was added; return whether a step has been taken."""
         ...
 
     def restart(self) -> None:
-        """Forget the step that is under way."""
+        """Forget the current step."""
         ...
 
 
@@ -70,11 +70,11 @@ class OwnParameters:
     """The layout of torch's optimizers, whose parameters are those of the model, or shards of them.
 
     Args:
-        model: where names come from, or None.
+        model: provides the parameter names, or None.
         params: chooses parameters, or None for all.
     """
 
-    under_way = False  # a call is a step
+    under_way = False  # each call is a step
 
     def __init__(self, model: nn.Module | None = None, params: ParameterFilter | None = None) -> None:
         self.has_whole_gradients = True
@@ -84,38 +84,38 @@ class OwnParameters:
         self._params = params
         self._key: tuple[tuple[int, ...], ...] | None = None
         self._plan: NoisePlan | None = None
-        self._known: list[nn.Parameter] = []  # with the plan, so that no id is used again
+        self._known: list[nn.Parameter] = []  # kept with the plan, so that no id is reused
 
     def plan(self, optimizer: Optimizer) -> NoisePlan:
-        """Made anew when the parameter groups have changed."""
+        """The plan; made again when the parameter groups have changed."""
         key = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
         if self._plan is None or key != self._key:
             known = [p for group in optimizer.param_groups for p in group["params"]]
             plan = self._make_plan(optimizer)
             if any(map(is_lazy, known)):
-                return plan  # it is made anew once they have elements
+                return plan  # it is made again once they have elements
             self._key, self._plan, self._known = key, plan, known
         return self._plan
 
     def parameters(self, optimizer: Optimizer) -> list[Any]:
-        """Of the plan."""
+        """Those of the plan."""
         return self.plan(optimizer).parameters
 
     def gradients(self, optimizer: Optimizer, scales: list[float]) -> list[Tensor]:
-        """Of the plan, unless they are flat shards."""
+        """Those of the plan; empty if they are flat shards."""
         plan = self.plan(optimizer)
         return plan.gradients(scales) if self.has_whole_gradients else []
 
     def marks(self, optimizer: Optimizer) -> list[Mark]:
-        """Of the plan."""
+        """Those of the plan."""
         return self.plan(optimizer).marks()
 
     def begin(self, optimizer: Optimizer) -> bool:
-        """A call is a step."""
+        """Each call is a step."""
         return False
 
     def end(self, optimizer: Optimizer, added: bool) -> bool:
-        """A call is a step, if there was a gradient."""
+        """Each call is a step, if there was a gradient."""
         return added
 
     def restart(self) -> None:
@@ -134,7 +134,7 @@ class OwnParameters:
                     continue
                 if parameter not in names:
                     name = strip_wrappers(own_name).removeprefix("module.") if own_name else f"#{len(seen)}"
-                    names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # of another module
+                    names[parameter] = name if name not in taken else f"{name}#{len(seen)}"  # by another module
                     taken.add(names[parameter])
                 seen.add(parameter)
                 # Lazy ones have no elements yet.
@@ -148,11 +148,11 @@ class OwnParameters:
 
 
 def padding_rows(model: nn.Module | None) -> dict[nn.Parameter, tuple[int, int]]:
-    """By the weight of an embedding the first element of its padding row, and the row's length."""
+    """The index of the first element of the padding row, and the row's length, by the embedding's weight."""
     found = {}
     for module in [] if model is None else model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            weight = module._parameters.get("weight")  # a parametrized one is computed, and has none
+            weight = module._parameters.get("weight")  # None if it is parametrized
             if weight is not None:
                 found[weight] = module.padding_idx * module.embedding_dim, module.embedding_dim
     return found

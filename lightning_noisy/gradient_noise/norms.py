@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 
 __all__ = ["total_norm", "wide_norm"]
 
-_AT_ONCE = 1 << 16  # elements that are made wider at a time
+_AT_ONCE = 1 << 16  # elements that are converted to float32 at a time
 
 
 def total_norm(gradients: list[Tensor], *, unit: float = 1.0) -> Tensor:
-    """The 2-norm of all gradients together, whole ones and shards: a 0-dimensional float32 tensor, on all ranks.
+    """The 2-norm of all gradients together, whole or sharded: a 0-dimensional float32 tensor, on all ranks.
 
     Args:
         gradients: of any dtype and layout.
@@ -24,9 +24,9 @@ def total_norm(gradients: list[Tensor], *, unit: float = 1.0) -> Tensor:
     norms = []
     for gradient in gradients:
         dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if unit != 1 or dense.dtype in (torch.float16, torch.bfloat16):  # whose norms would overflow or be rounded
+        if unit != 1 or dense.dtype in (torch.float16, torch.bfloat16):  # their norms would overflow or be rounded
             parts = (dense,)
-            if not isinstance(dense, DTensor):  # little memory
+            if not isinstance(dense, DTensor):  # to save memory
                 ordered = dense.permute(sorted(range(dense.dim()), key=dense.stride().__getitem__, reverse=True))
                 parts = ordered.view(-1).split(_AT_ONCE) if ordered.is_contiguous() else parts
             wide = [p.float() if dense.dtype.itemsize == 2 else p for p in parts]
@@ -43,7 +43,7 @@ def total_norm(gradients: list[Tensor], *, unit: float = 1.0) -> Tensor:
 
 
 def wide_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm as of :func:`total_norm`, also where squares of the elements are beyond float32 or below it."""
+    """The 2-norm as in :func:`total_norm`, also if squares of the elements overflow or underflow float32."""
     norm = float(total_norm(gradients))
     if 1e-15 < norm < 1e18 or not gradients:
         return norm

@@ -1,4 +1,4 @@
-"""The names of parameters, by which their noise is keyed: the same whatever is wrapped around a model or in it."""
+"""The names of parameters that key their noise: the same with any wrappers around a model or inside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:
-    """A model without wrappers around it: of torch.compile, for data parallelism, and DeepSpeed's engine."""
+    """The model inside its wrappers: torch.compile, data parallelism, DeepSpeed's engine."""
     while True:
         wraps = isinstance(model, _PARALLEL) or type(model).__name__ == "DeepSpeedEngine"
         inner = getattr(model, "module", None) if wraps else uncompiled(model)
@@ -23,7 +23,7 @@ def unwrapped(model: nn.Module | None) -> nn.Module | None:
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without what wrappers of modules put into it."""
+    """A parameter's name without the parts that module wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

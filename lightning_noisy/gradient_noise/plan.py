@@ -1,7 +1,7 @@
-"""Which numbers of the noise each gradient gets, and adding them fast.
+"""Which random numbers each gradient gets, and adding them fast.
 
-Each parameter has numbers of its own, keyed by its name. Any shard of a gradient knows where in the whole it belongs,
-and draws just its share. Float32 gradients on the CPU get it where they are, from the compiled kernel; for others the
+Each parameter has its own random numbers, keyed by its name. Any shard of a gradient knows its position in the full
+one, and draws only its share. The compiled kernel adds noise to float32 gradients on the CPU in place; for others the
 numbers are drawn in batches that fit the cache, for many small gradients at once.
 """
 
@@ -26,13 +26,13 @@ from lightning_noisy.kernels.gaussian import AddressRanges, compiled_library, si
 __all__ = ["Mark", "NoisePlan", "unchanged"]
 
 
-# A parameter, its gradient, and how often that had been changed in place.
+# A parameter, its gradient, and how often the gradient had been changed in place.
 Mark = tuple[Parameter, weakref.ref[Tensor], int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A parameter, the index of its group, what its name adds to a key, and the address of its first element."""
+    """A parameter, the index of its group, the key offset of its name, and the address of its first element."""
 
     parameter: Parameter
     group: int
@@ -46,9 +46,9 @@ class NoisePlan:
     Args:
         parameters: the parameters by name.
         groups: the index of each parameter's group, whose σ it gets; by default 0.
-        shards: for parameters that are flat shards, the index of the first element in the whole.
-        padding: for weights of embeddings with a padding row, the index of its first element in the whole, and its
-            length: it gets no noise as long as its gradient is zero.
+        shards: for parameters that are flat shards, the index of the first element in the full parameter.
+        padding: for weights of embeddings with a padding row, the index of its first element in the full weight, and
+            its length: it gets no noise as long as its gradient is zero.
 
     Attributes:
         parameters: the parameters, by group.
@@ -76,17 +76,17 @@ class NoisePlan:
         self._runs = AddressRanges(offsets, starts, self._sizes)
 
     def gradients(self, scales: list[float]) -> list[Tensor]:
-        """The gradients that are there, of the groups whose scale is not 0."""
+        """The gradients that exist, of the groups whose scale is not 0."""
         return [g for place in self._places if (g := place.parameter.grad) is not None and scales[place.group]]
 
     def marks(self) -> list[Mark]:
-        """What shows later whether the gradients are those of now: of up to 16, since a backward pass makes all."""
+        """What shows later whether the gradients have changed: for up to 16, since a backward pass changes all."""
         sample: list[Parameter] = [p for p in self.parameters[:: 1 + len(self.parameters) // 16] if p.grad is not None]
         sample = sample or [p for p in self.parameters if p.grad is not None][:1]
         return [(p, weakref.ref(g), version(g)) for p in sample if (g := p.grad) is not None]
 
     def noise_norm(self, stds: list[float]) -> float:
-        """Root of the expected squared norm of the noise on the gradients that are there."""
+        """Root of the expected squared norm of the noise on the gradients that exist."""
         total = 0.0
         for place in self._places:
             gradient = place.parameter.grad
@@ -98,19 +98,19 @@ class NoisePlan:
 
     @torch.no_grad()
     def add_noise(self, stds: list[float], stream: tuple[int | str, ...], step: int) -> bool:
-        """Add the noise of a step to every gradient that is there; tell whether there was any.
+        """Add the noise of a step to every gradient that exists; return whether there was any.
 
         Args:
-            stds: by group, the standard deviation of a real element, and root of E|z|² of a complex one.
-            stream: what the noise is keyed by beside the parameter's name and the step.
+            stds: by group, the standard deviation of a real element, or the root of E|z|² of a complex one.
+            stream: keys the noise, together with the parameter's name and the step.
             step: t.
 
         Raises:
-            TypeError: if a gradient is of a kind that noise can't be added to; none has got any then.
+            TypeError: if noise can't be added to a gradient; none has received any then.
         """
         first, second = stream_key(*stream, step)
         gradients = [parameter.grad for parameter in self.parameters]
-        # As in `pointer`, written out: of many small gradients a call for each would take a tenth of the time.
+        # `pointer`, inlined: with many small gradients, a call for each would take a tenth of the time.
         pointers = [
             g.data_ptr()
             if type(g) is Tensor
@@ -126,7 +126,7 @@ class NoisePlan:
         others = []
         taken = set(pointers)
         if 0 in pointers or len(taken) < len(pointers):
-            # Some need another way: also gradients that several parameters share, of which each gets its own.
+            # Gradients that the kernel can't take, and shared ones, of which each parameter gets its own.
             seen = {0}
             for i, (place, at) in enumerate(zip(self._places, pointers, strict=True)):
                 if at in seen:
@@ -143,7 +143,7 @@ class NoisePlan:
             if gradient.layout == torch.strided and (address := local(gradient).data_ptr()):
                 if address in taken:
                     gradient = gradient.clone()
-                    place.parameter.grad = gradient  # type: ignore[misc]  # none of a fragment
+                    place.parameter.grad = gradient  # type: ignore[misc]  # never a fragment
                 taken.add(address)
             std = stds[place.group] * (sqrt(0.5) if gradient.is_complex() else 1.0)
             alike.setdefault((gradient.device, std), []).append(place)
@@ -170,7 +170,7 @@ class NoisePlan:
 
 
 def unchanged(marks: list[Mark]) -> bool:
-    """Whether there are marks, and all gradients are those of then."""
+    """Whether there are marks, and no marked gradient has changed."""
     return bool(marks) and all(
         (gradient := then()) is not None and parameter.grad is gradient and version(gradient) == count
         for parameter, then, count in marks
@@ -178,7 +178,7 @@ def unchanged(marks: list[Mark]) -> bool:
 
 
 class _Batch:
-    """Adds the noise of one device and σ, with few calls: collects blocks, and draws the numbers of all at once."""
+    """Adds noise of one σ on one device, with few calls: collects blocks, and draws the numbers of all at once."""
 
     def __init__(self, device: torch.device, std: float, second: int) -> None:
         self._device = device
@@ -190,7 +190,7 @@ class _Batch:
         self._runs: list[tuple[int, int, int]] = []
 
     def add(self, tensor: Tensor, starts: list[int] | Tensor, first: int) -> None:
-        """Take in a block: a tensor, and the addresses at which its rows, of equal length, start."""
+        """Process a block: a tensor, and the addresses at which its rows, of equal length, start."""
         first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
         address = pointer(tensor)
         if address and compiled_library() is not None:
@@ -214,13 +214,13 @@ class _Batch:
                 start += part.numel()
 
     def flush(self) -> None:
-        """Add the noise to what has been collected."""
+        """Add the noise to the collected blocks."""
         if self._tensors:
             runs = AddressRanges(*map(list, zip(*self._runs, strict=True)))
             numbers = runs.draw(self._second, self._std, self._device)
             parts = numbers.split([tensor.numel() for tensor in self._tensors])
             noise = [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
-            with torch.inference_mode():  # spares every tensor autograd's part
+            with torch.inference_mode():  # avoids autograd's overhead for each tensor
                 add_each(self._tensors, noise)
         self._used, self._tensors, self._runs = 0, [], []
 
@@ -231,5 +231,5 @@ def _rows(first: int, starts: list[int] | Tensor, width: int) -> AddressRanges:
 
 
 def _most_at_once(device: torch.device) -> int:
-    """Most numbers to draw into memory: 0.5 MiB, which a CPU's cache holds, and elsewhere 4 MiB."""
+    """The most numbers to draw at once: 0.5 MiB, which fits a CPU's cache, and elsewhere 4 MiB."""
     return 1 << (17 if device.type == "cpu" else 20)

@@ -1,4 +1,4 @@
-"""Hooks on the steps of optimizers of any make: once a step, after the gradients have got their final values."""
+"""Hooks on the steps of any optimizer: called once per step, when the gradients have their final values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
 
     A wrapper may step under other names (the ``first_step`` and ``second_step`` of SAM), at some calls only
     (accelerate's ``AcceleratedOptimizer``), without hooks (timm's ``Lookahead`` calls no ``super().__init__``), or be
-    no torch optimizer. What it holds is the optimizer inside if it is the only one, and has the same parameters.
+    no torch optimizer. An optimizer that it holds is the inner one if it is the only one, with the same parameters.
 
     Raises:
         TypeError: if ``optimizer`` neither is nor holds a torch optimizer.
@@ -33,7 +33,7 @@ def stepping_optimizer(optimizer: Any) -> Optimizer:
 def _inside(optimizer: Any, seen: list[Any]) -> Any:
     seen = [*seen, optimizer]
     held = [each for each in getattr(optimizer, "__dict__", {}).values() if isinstance(each, Optimizer)]
-    # By what is inside of them: LightningOptimizer also has the attributes of what it wraps.
+    # By their inner optimizers: LightningOptimizer also has the attributes of the one that it wraps.
     found = {_inside(each, seen) for each in held if all(each is not other for other in seen)}
     if len(found) == 1 and _parameters(*found) == _parameters(optimizer):
         return found.pop()
@@ -49,10 +49,10 @@ class StepHooks:
 
     Args:
         wrapper: any optimizer.
-        optimizer: the one inside of it, of :func:`stepping_optimizer`; may be the same.
+        optimizer: the one inside it, from :func:`stepping_optimizer`; may be the same.
         begin: called when a step begins.
-        gradients: called when its gradients are final: at once, or after each evaluation of the closure in which there
-            was a backward pass; with True where the step calls that of its base class or of the optimizer inside.
+        gradients: called when its gradients are final: at once, or after each evaluation of the closure that ran a
+            backward pass; with True in a nested step, of its base class or of the inner optimizer.
         end: called when the step has ended, but not if it raised.
 
     Raises:
@@ -86,7 +86,7 @@ class StepHooks:
         ]
 
     def remove(self) -> None:
-        """Remove the hooks; again has no effect."""
+        """Remove the hooks; calling it again has no effect."""
         for handle in self._handles:
             handle.remove()
 
@@ -106,7 +106,7 @@ class StepHooks:
             return None
         evaluations = 0
 
-        # Backward and clipping happen in the closure, which LBFGS and line searches evaluate several times.
+        # The backward pass and clipping run in the closure, which LBFGS and line searches evaluate several times.
         def closure_and_hook(*args: Any, **kwargs: Any) -> Any:
             nonlocal evaluations
             backward = _Backward(main) if evaluations else None
@@ -126,11 +126,11 @@ class StepHooks:
             self._end(main)
 
     def _is_inside(self) -> bool:
-        """Whether the call of torch's that has fired a hook is inside of another one for the same step.
+        """Whether torch's call that fired a hook is nested in another one for the same step.
 
-        A subclass whose step() calls super().step() fires the hooks twice, as torch has wrapped both methods; so does a
-        wrapper that calls the optimizer inside. (A flag would stay up after an exception, and a frame that is kept
-        would keep alive what its callers hold.)
+        A subclass whose step() calls super().step() fires the hooks twice, since torch wraps both methods; so does a
+        wrapper that calls the inner optimizer. (A flag would stay set after an exception, and a stored frame would keep
+        its callers' variables alive.)
         """
         frame: Any = inspect.currentframe()
         frame = frame.f_back.f_back  # the hook's caller
@@ -143,13 +143,13 @@ class StepHooks:
 
 
 class _Backward:
-    """Notices a backward pass, from the time when it is made on, by some of an optimizer's parameters."""
+    """Detects a backward pass after its construction, by a sample of an optimizer's parameters."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __init__(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         sample = parameters[:: 1 + len(parameters) // 16]
-        # Sharding sets gradients by itself.
+        # Sharding assigns gradients itself, without these hooks.
         self._gradients = [(p, None if p.grad is None else weakref.ref(p.grad)) for p in sample]
         self._came = False
         self._handles = [p.register_post_accumulate_grad_hook(self._note) for p in sample]
@@ -159,7 +159,7 @@ class _Backward:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def came(self) -> bool:
-        """Whether there was one; stops looking."""
+        """Whether there was one; removes the hooks."""
         for handle in self._handles:
             handle.remove()
         return self._came or any(p.grad is not (then and then()) for p, then in self._gradients)
@@ -174,21 +174,21 @@ def _has_hooks(optimizer: Any) -> bool:
 
 
 def _run_hooks(optimizer: Optimizer) -> None:
-    """See to it that the optimizer's ``step`` runs the optimizer's hooks.
+    """Ensure that the optimizer's ``step`` runs the optimizer's hooks.
 
-    torch wraps the method of the class in ``Optimizer.__init__``, or, where that isn't called, at the first
-    ``zero_grad``; and it leaves out a method that has taken over the mark of a wrapped one, as by ``functools.wraps``.
+    torch wraps the method of the class in ``Optimizer.__init__``, or, if that isn't called, at the first
+    ``zero_grad``; it skips a method that has copied the mark of a wrapped one, such as by ``functools.wraps``.
     """
     cls = type(optimizer)
     if not _has_hooks(optimizer):
         raise TypeError(
-            f"{cls.__name__} has no hooks for its steps, since its __init__ doesn't call Optimizer.__init__. Call that"
+            f"{cls.__name__} has no hooks for its steps, since its __init__ doesn't call Optimizer.__init__. Call it"
             " there, or add the noise to the optimizer that it wraps."
         )
     if not _is_wrapped(cls.step):
         cls.step = Optimizer.profile_hook_step(cls.step)  # type: ignore[assignment, method-assign]
         cls.step.hooked = True  # type: ignore[attr-defined]  # torch's own mark
-    # A learning-rate scheduler has put a function of its own around the method as it was before.
+    # A learning-rate scheduler has wrapped the method as it was before.
     own = vars(optimizer).get("step")
     if own is not None and getattr(own, "__wrapped__", None) is cls.step.__wrapped__:  # type: ignore[attr-defined]
         hooked = Optimizer.profile_hook_step(lambda _, *args, **kwargs: own(*args, **kwargs))
@@ -196,5 +196,5 @@ def _run_hooks(optimizer: Optimizer) -> None:
 
 
 def _is_wrapped(step: Any) -> bool:
-    """Whether a function is one that torch has made to run hooks: all of these have the same code."""
+    """Whether torch wrapped a function to run hooks: all of its wrappers share one code object."""
     return getattr(step, "__code__", None) is Optimizer.profile_hook_step(Optimizer.step).__code__

@@ -1,1 +1,1 @@
-"""Fast paths and the random source, each equal to its reference; nothing here knows a feature."""
+"""Fast implementations and the random numbers, each tested against a reference; imports no feature code."""

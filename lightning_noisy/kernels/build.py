@@ -1,4 +1,4 @@
-"""Compiling a file of C at its first use, where there is a compiler."""
+"""Compiles a C file on first use, if there is a compiler."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ __all__ = ["CompileError", "compiled"]
 
 
 class CompileError(Exception):
-    """There is no compiler, or what it makes can't be loaded."""
+    """There is no compiler, it fails, or its output can't be loaded."""
 
 
-# The values don't depend on the flags: products and sums are rounded one by one, and nothing is reordered. The math
-# functions set no errno and floating-point exceptions aren't looked at, which allows vectors. (The first flags undo
-# what $CC may say, and would undo the last ones if they came later.)
+# The flags don't change the values: each product and sum is rounded separately, and nothing is reordered. Ignoring
+# errno and floating-point exceptions allows vectorization. (The first flags undo fast math from $CC; placed later, they
+# would undo the last ones.)
 _PLAIN_MATH = ["-fno-fast-math", "-fno-unsafe-math-optimizations"]
 _FLAGS = [*_PLAIN_MATH, "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 _TIMEOUT = 20.0  # seconds
 _LIBRARY = ["-shared", "-fPIC", "-pthread"]
-_VECTORS = {  # by what torch itself uses on this machine
+_VECTORS = {  # by the CPU capability that torch reports
     "AVX2": ["-mavx2"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 
 
 def compiled(source: Path) -> ctypes.CDLL:
-    """Compile a file of C and load it.
+    """Compile a C file and load it.
 
-    It takes about 0.2 s, in a directory of its own that is gone afterwards. The compiler is ``$CC``, or ``cc``; after
-    20 s it is killed.
+    This takes about 0.2 s, in a temporary directory. The compiler is ``$CC``, or ``cc``; it is killed after 20 s.
 
     Args:
-        source: the file.
+        source: path of the C file.
 
     Returns:
-        The library.
+        The loaded library.
 
     Raises:
         CompileError: if that fails.
@@ -61,7 +60,7 @@ def compiled(source: Path) -> ctypes.CDLL:
 
 
 def _run(command: list[str]) -> None:
-    """Run a compiler; with it end the processes that it has started."""
+    """Run a compiler; on a timeout or interrupt, kill it and its child processes."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -83,12 +82,12 @@ def _run(command: list[str]) -> None:
 
 
 def _load(library: Path) -> ctypes.CDLL:
-    """Load a library, unless its loading makes the process round denormal numbers to zero, as fast math does."""
+    """Load a library, unless this makes the process flush denormal numbers to zero, as fast math does."""
     flushed = _flushes_denormals()
     loaded = ctypes.CDLL(str(library))
     if not flushed and _flushes_denormals():
         torch.set_flush_denormal(False)
-        raise ValueError("what $CC makes rounds denormal numbers to 0 in the whole process. Drop its fast-math flags")
+        raise ValueError("$CC's output rounds denormal numbers to 0 in the whole process. Drop its fast-math flags")
     return loaded
 
 

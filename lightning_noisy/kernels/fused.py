@@ -1,6 +1,6 @@
-"""Activations in one sweep over the memory: value, derivative, moments and gradients, a block at a time.
+"""Fused activations on the CPU: value, derivative, moments and gradients in one pass over memory, block by block.
 
-A block stays in the cache while all that is needed of it is computed. On the CPU that is what the time goes into. The
+A block stays in the cache while everything is computed from it: memory access takes most of the time on the CPU. The
 readable references are ``normalize_output`` in ``functional.normalized`` with ``functional.moments``, and
 ``output_noise`` in ``functional.noisy``.
 """
@@ -36,11 +36,11 @@ _aten = torch.ops.aten
 
 
 class FusedFunction(NamedTuple):
-    """A function φ on 1-dimensional contiguous tensors, by torch's own kernels.
+    """A function φ on 1-dimensional contiguous tensors, computed by torch's kernels.
 
     Attributes:
-        value: writes φ(x) into its second argument.
-        chain: of g, x, φ(x) and ``out``, writes g φ′(x) into ``out``.
+        value: called with x and ``out``, writes φ(x) into ``out``.
+        chain: called with g, x, φ(x) and ``out``, writes g φ′(x) into ``out``.
     """
 
     value: Callable[[Tensor, Tensor], object]
@@ -81,7 +81,7 @@ _TANH = FusedFunction(
     lambda g, x, y, out: _aten.tanh_backward.grad_input(g, y, grad_input=out),
 )
 
-# By the module's class, with the attributes that are the function's options; and by the function, at its defaults.
+# By module class, with options from the module's attributes; and by function, with default options.
 _MODULES: dict[type[nn.Module], Callable[[Any], FusedFunction]] = {
     nn.ELU: lambda module: _elu(module.alpha),
     nn.GELU: lambda module: _gelu(module.approximate),
@@ -103,7 +103,7 @@ _FUNCTIONS: list[tuple[object, FusedFunction]] = [
 
 
 def fused_function(function: object) -> FusedFunction | None:
-    """How the function or module is computed in one sweep, or None if it can't be.
+    """The fused version of a function or module, or None if there is none.
 
     >>> fused_function(nn.ReLU()) is fused_function(F.relu)
     True
@@ -115,7 +115,7 @@ def fused_function(function: object) -> FusedFunction | None:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the sweeps can work on a tensor: dense, on the CPU, in single or double precision, and no proxy."""
+    """Whether the fused functions accept a tensor: float32 or float64, dense, on the CPU, and not traced."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
@@ -128,7 +128,7 @@ def takes(x: Tensor) -> bool:
 
 
 def flat(x: Tensor) -> Tensor:
-    """A view of a tensor that :func:`takes`, in the order of its memory, shape (elements,)."""
+    """A view in memory order, shape (elements,), of a tensor that :func:`takes` accepts."""
     return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 1).reshape(-1)
 
 
@@ -138,7 +138,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _sample_blocks(x: Tensor, stride: int) -> Iterator[tuple[Tensor]]:
-    """Every ``stride``-th sample (dimension 0) of a tensor that :func:`takes`, flat, several at a time."""
+    """Every ``stride``-th sample (dimension 0) of a tensor that :func:`takes` accepts, flat, several at a time."""
     sample = x[::stride]
     rows = max(1, _BLOCK * len(sample) // sample.numel())
     for start in range(0, len(sample), rows):
@@ -149,13 +149,13 @@ def moments(function: FusedFunction, x: Tensor, y: Tensor | None = None, *, stri
     """Return the moments that normalization needs, and write the values into ``y`` if it is given.
 
     Args:
-        function: of the function φ.
-        x: float32 or float64, not empty; with ``y`` contiguous, shape (elements,).
+        function: the function φ.
+        x: float32 or float64, not empty; if ``y`` is given, contiguous, shape (elements,).
         y: same shape and dtype; overwritten with φ(x).
-        stride: without ``y``: take every ``stride``-th sample (dimension 0).
+        stride: if ``y`` is not given, use every ``stride``-th sample (dimension 0).
 
     Returns:
-        The moments over all elements, or over those taken, in the order of ``Moments``.
+        The moments over the elements used, in the order of ``Moments``.
     """
     parts = _sample_blocks(x, stride) if y is None else _blocks(x, y)
     count, origin_x, origin_y = 0, 0.0, 0.0
@@ -170,7 +170,7 @@ def moments(function: FusedFunction, x: Tensor, y: Tensor | None = None, *, stri
         count += part.numel()
         function.value(part, value)
         function.chain(ones, part, value, slope)
-        if start == 0:  # moments around a value near the mean don't cancel
+        if start == 0:  # moments around a value near the mean avoid cancellation
             origin_x, origin_y = float(part.mean()), float(value.mean())
         torch.sub(part, origin_x, out=shifted)
         sums[0] += float(shifted.sum())
@@ -185,7 +185,7 @@ def moments(function: FusedFunction, x: Tensor, y: Tensor | None = None, *, stri
 
 
 def rescale_(y: Tensor, scale: float, shift: float) -> None:
-    """``scale * (y - shift)`` in place; ``y`` of shape (elements,). To the last bit what :func:`normalize` gives."""
+    """``scale * (y - shift)`` in place; ``y`` of shape (elements,). Bit for bit equal to :func:`normalize`."""
     constant = torch.tensor(-scale * shift, dtype=y.dtype)
     for (part,) in _blocks(y):
         torch.add(constant, part, alpha=scale, out=part)
@@ -212,16 +212,16 @@ def gradients(
     """The backward pass of ``scale * (φ(x) - shift)``.
 
     Args:
-        function: of the function φ.
+        function: the function φ.
         x: as in :func:`moments`.
-        gradient: of the output, same shape and dtype.
+        gradient: gradient of the output, same shape and dtype.
         out: same shape and dtype; overwritten with the gradient of ``x``.
         scale: the factor.
         shift: the shift.
-        of_scale: whether the gradient of ``scale`` is wanted.
+        of_scale: whether to compute the gradient of ``scale``.
 
     Returns:
-        The gradient of ``scale``; 0 where it isn't wanted.
+        The gradient of ``scale``; 0 if ``of_scale`` is False.
     """
     values = torch.empty(min(_BLOCK, x.numel()), dtype=x.dtype)
     total = 0.0
@@ -237,15 +237,15 @@ def gradients(
 
 @dataclass(frozen=True)
 class OutputNoise:
-    r"""NAN and NAH over a clipped line u, for one p: :math:`\phi = u + \alpha \Delta + d \sigma \epsilon`.
+    r"""NAN and NAH where h clips a line u, for a scalar p: :math:`\phi = u + \alpha \Delta + d \sigma \epsilon`.
 
     With :math:`T = \tanh(p \Delta / 2) = 2 (\mathrm{sigmoid}(p \Delta) - 1/2)`, and since h saturates above where
     x > 0 and below where x < 0, :math:`d \sigma = k T |T|` with :math:`k = \mp \mathrm{sgn}(p)\, c / 4`, minus for
-    α > 1. Its derivatives are those of :math:`T |T|`, :math:`|T| (1 - T^2)` times :math:`p \Delta'` and Δ.
+    α > 1. The derivatives of :math:`T |T|` by x and p are :math:`|T| (1 - T^2)` times :math:`p \Delta'` and Δ.
 
     Args:
-        slope: of u.
-        offset: of u.
+        slope: slope of u.
+        offset: value of u at 0.
         bounds: what u is clipped to.
         alpha: α.
         p: p.
@@ -288,7 +288,7 @@ class OutputNoise:
             x: float32, contiguous, shape (elements,).
             y: same shape.
             weight: same shape.
-            key: of the noise.
+            key: key of the noise.
         """
         k, start = self._k(), 0
         line_, delta_, t_, epsilon_ = (torch.empty(min(_BLOCK, x.numel()), dtype=torch.float32) for _ in range(4))

@@ -1,6 +1,6 @@
-// The numbers of gaussian.py, added to float32 vectors: the same bits as its torch operations give, in one pass.
+// Adds the numbers of gaussian.py to float32 vectors in one pass, bit for bit as its torch operations compute them.
 //
-// Only operations that IEEE 754 rounds correctly are used, each by itself: compile with -ffp-contract=off.
+// Uses only operations that IEEE 754 rounds correctly, each rounded separately: compile with -ffp-contract=off.
 
 #include <math.h>
 #include <pthread.h>
@@ -14,11 +14,11 @@ static const uint64_t WEYL = 0x9E3779B97F4A7C15, FACTOR = 0xD6E8FEB86659FD93;
 
 static uint64_t upper(uint64_t bits)
 {
-    return (uint64_t)((int64_t)bits >> 32);  // with the sign
+    return (uint64_t)((int64_t)bits >> 32);  // arithmetic shift
 }
 
-// Write the numbers of some pairs, at most PAIRS, times std. The loops have no branches, and after inlining lengths that
-// the compiler knows: it vectorizes them.
+// Write the numbers of at most PAIRS pairs, times std. The loops have no branches and, after inlining, constant lengths,
+// so the compiler vectorizes them.
 static inline void draw(int pairs, uint64_t counter, uint64_t second, float std, float *restrict out)
 {
     uint32_t low[PAIRS], high[PAIRS];
@@ -93,13 +93,13 @@ struct work {
     const int64_t *data, *first, *start, *count;
     uint64_t second;
     float std;
-    atomic_int_fast64_t next;  // the first element that no thread has taken, counted through all runs
+    atomic_int_fast64_t next;  // the first element not yet taken by a thread, counted across all runs
 };
 
 static void *take_parts(void *argument)
 {
     struct work *work = argument;
-    int64_t i = 0, begin = 0;  // a run, and its first element
+    int64_t i = 0, begin = 0;  // a run, and the index of its first element
     for (;;) {
         int64_t from = atomic_fetch_add(&work->next, PART), to = from + PART;
         while (i < work->runs && begin < to) {
@@ -118,8 +118,8 @@ static void *take_parts(void *argument)
     }
 }
 
-// Add the numbers at addresses start[i] to start[i] + count[i] of the key (first[i], second), times std, to the floats
-// at data[i], for each of the runs; where data[i] is 0, nothing.
+// For each run i, add count[i] numbers of the key (first[i], second), from address start[i] on and times std, to the
+// floats at data[i]; skip runs whose data[i] is 0.
 void add_gaussian(int64_t runs, const int64_t *data, const int64_t *first, const int64_t *start, const int64_t *count,
                   int64_t second, float std, int threads)
 {

@@ -1,14 +1,14 @@
-r"""Gaussian noise as a function: every number is computed from a key and its own address, and from nothing else.
+r"""Counter-based Gaussian noise: every number is a function of only a key and its address.
 
-No generator is advanced, so any part of the noise can be had alone, by any process, in any order. Two neighbouring
-numbers come from one 64-bit counter: it starts as the key's first half plus the pair's index times Weyl's constant,
-is mixed with the key's second half, and twice with itself by shifting and multiplying (in the manner of SplitMix64;
+There is no generator state, so any process can draw any part of the noise, in any order. Each pair of neighboring
+numbers comes from one 64-bit counter: the key's first half plus the pair's index times Weyl's constant. The counter
+is mixed with the key's second half, and twice with itself by shifts and multiplications (in the manner of SplitMix64;
 Steele, Lea and Flood 2014). Its two 32-bit words, as u in (0, 1] and t in [-1, 1], become the numbers
 :math:`\sqrt{-2 \ln u} \cos \pi t` and :math:`\sqrt{-2 \ln u} \sin \pi t` (Box and Muller 1958), which lie within ±6.67.
 
-On the CPU the logarithm, the sine and the cosine are polynomials here, of operations that IEEE 754 rounds correctly, so
-that every CPU gets the same bits, and so does the kernel in ``gaussian.c``, which does the work wherever there is a C
-compiler. Other devices take torch's functions, and differ in the last bits.
+On the CPU, logarithm, sine and cosine are polynomials whose operations IEEE 754 rounds correctly, so the bits are the
+same on every CPU, and in the kernel ``gaussian.c``, which is used wherever there is a C compiler. Other devices use
+torch's functions, which differ in the last bits.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ Key = tuple[int, int]
 
 _WEYL = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio
 _FACTOR = 0xD6E8FEB86659FD93
-_AT_ONCE = 1 << 17  # numbers that torch's operations draw at once: a few MiB, which a CPU's cache holds
+_AT_ONCE = 1 << 17  # numbers that torch's operations draw at once: a few MiB, which fit a CPU's cache
 
-# Least maximum error over the range, each coefficient rounded to float32 before the next was fitted.
+# Minimax fits over the range, each coefficient rounded to float32 before the next was fitted.
 _LOG = (-0.666677177, 0.500034928, -0.399307430, 0.331312805, -0.297544450, 0.287004471, -0.178343669)
 _SIN = (1.57079625, -0.645962775, 0.0796861798, -0.00466894731, 0.000149283500)
 _COS = (1.0, -1.23370051, 0.253669083, -0.0208619013, 0.000916733348, -0.0000234020771)
@@ -56,10 +56,10 @@ def stream_key(*parts: int | str) -> Key:
     """Hash the parts that name a stream (seed, optimizer, step, ...) into its key.
 
     Args:
-        parts: integers and strings. Their order counts, and ``("a", "bc")`` differs from ``("ab", "c")``.
+        parts: integers and strings. Their order matters, and ``("a", "bc")`` differs from ``("ab", "c")``.
 
     Returns:
-        Two integers of 64 bits.
+        Two 64-bit integers.
 
     >>> stream_key(0, "weight", 1) == stream_key(0, "weight", 1) != stream_key(0, "weight", 2)
     True
@@ -69,7 +69,7 @@ def stream_key(*parts: int | str) -> Key:
 
 
 def plain(part: int | str) -> int | str:
-    """An int or a str, of whatever subclass (an enum, NumPy's), as a plain one.
+    """Convert an integer or string of any type (an enum, NumPy's) to int or str.
 
     Raises:
         TypeError: if it is neither.
@@ -78,7 +78,7 @@ def plain(part: int | str) -> int | str:
 
 
 def substream(key: Key, name: str) -> Key:
-    """The key of one of many streams of a step: those of names lie far apart in the counters of ``key``.
+    """The key of a named stream within ``key``: the counters of different names are far apart.
 
     >>> substream(stream_key(0), "weight") != substream(stream_key(0), "bias")
     True
@@ -87,14 +87,14 @@ def substream(key: Key, name: str) -> Key:
 
 
 def signed(number: int) -> int:
-    """A number of 64 bits as the int64 with the same bits."""
+    """A 64-bit number as the int64 with the same bits."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def _bits(counters: Tensor, second: int) -> Tensor:
-    """The random bits, int64, of int64 counters and the key's second half."""
-    # torch shifts int64 with the sign, so that an xor of the upper half into the lower one clears the top bit. It
-    # comes back with the product; the last step adds, to keep it.
+    """The random bits (int64) for int64 counters and the key's second half."""
+    # torch's shift of int64 is arithmetic, so an xor of the upper half into the lower one clears the top bit. The
+    # product fills it again; the last step adds instead, to keep it.
     bits = (counters >> 32).bitwise_xor_(counters).bitwise_xor_(signed(second)).mul_(signed(_FACTOR))
     bits = (bits >> 32).bitwise_xor_(bits).mul_(signed(_FACTOR))
     return (bits >> 32).add_(bits)
@@ -116,7 +116,7 @@ def _radius(u: Tensor) -> Tensor:
     f = (bits - (exponent << 23)).view(torch.float32).sub_(1)
     f2 = f * f
     square = _polynomial(f, _LOG).mul_(f2 * f).add_(f2).add_(f.mul_(-2)).add_(exponent.float().mul_(-1.38629436))
-    return square.double().sqrt_().float()  # MKL rounds square roots of float32 wrongly, one of a hundred
+    return square.double().sqrt_().float()  # MKL rounds one float32 square root in a hundred incorrectly
 
 
 def _on_circle(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,12 +143,12 @@ def _at(first: int | Tensor, second: int, address: Tensor, std: float) -> Tensor
 
 
 def gaussian_at(key: Key, address: Tensor, std: float = 1.0) -> Tensor:
-    """The normal numbers of a key at any addresses: the readable way, and the reference of the fast one.
+    """The normal numbers of a key at any addresses: the readable reference of the fast implementations.
 
     Args:
         key: from :func:`stream_key`.
         address: int64 tensor of any shape, >= 0.
-        std: σ, >= 0, with which they are multiplied in float32.
+        std: σ, >= 0; the numbers are multiplied by it in float32.
 
     Returns:
         Float32 tensor of the same shape, on the same device.
@@ -162,12 +162,12 @@ def gaussian_at(key: Key, address: Tensor, std: float = 1.0) -> Tensor:
 
 
 class AddressRanges:
-    """Ranges of consecutive addresses, of one stream or of several.
+    """Ranges of consecutive addresses, of one or several streams.
 
     Attributes:
         firsts: the first half of each range's key, as int64.
         starts: its first address, >= 0.
-        counts: how many addresses it has. All three are int64 tensors of shape (ranges,) on the CPU.
+        counts: its number of addresses. All three are int64 tensors of shape (ranges,) on the CPU.
     """
 
     def __init__(self, firsts: list[int] | Tensor, starts: list[int] | Tensor, counts: list[int] | Tensor) -> None:
@@ -180,26 +180,26 @@ class AddressRanges:
         return AddressRanges(self.firsts[part], self.starts[part], self.counts[part])
 
     def moved(self, offset: int) -> AddressRanges:
-        """The runs with ``offset`` added to the first halves of their keys."""
+        """The ranges with ``offset`` added to the first halves of their keys."""
         return AddressRanges(self.firsts + signed(offset % 2**64), self.starts, self.counts)
 
     def add_at(self, pointers: Tensor, second: int, std: float) -> None:
-        """Add the numbers to floats in memory; for this there must be a kernel.
+        """Add the numbers to floats in memory; needs the compiled kernel.
 
         Args:
-            pointers: where the float32 of each run begin in the CPU's memory, int64, shape (ranges,); 0 leaves one out.
-                No two runs may overlap, as several threads are at work.
+            pointers: address of each range's float32 elements in CPU memory, int64, shape (ranges,); 0 skips a range.
+                The memory of two ranges must not overlap, since several threads write to it.
             second: second half of the key.
             std: σ, >= 0.
         """
         library = compiled_library()
         assert library is not None
-        arrays = [t.contiguous() for t in (pointers, self.firsts, self.starts, self.counts)]  # alive while it works
+        arrays = [t.contiguous() for t in (pointers, self.firsts, self.starts, self.counts)]  # alive during the call
         threads = _threads(int(self.counts[pointers != 0].sum()))
         library.add_gaussian(len(pointers), *(t.data_ptr() for t in arrays), signed(second), std, threads)
 
     def draw(self, second: int, std: float, device: torch.device | str = "cpu") -> Tensor:
-        """The numbers of all runs, one after the other.
+        """The numbers of all ranges, concatenated.
 
         Args:
             second: second half of the key.
@@ -218,7 +218,7 @@ class AddressRanges:
         pairs = (skips + self.counts + 1) // 2
         ends = pairs.cumsum(0)
         size = int(ends[-1]) if len(ends) else 0
-        # The counter of a run's pair i is first + (start // 2 + i) W.
+        # The counter of a range's pair i is first + (start // 2 + i) W.
         bases = self.firsts + (self.starts // 2 - ends + pairs) * signed(_WEYL)
         bases = bases.to(device)
         if len(bases) > 1:
@@ -235,12 +235,12 @@ class AddressRanges:
 
 
 def _threads(count: int) -> int:
-    """How many threads are worth their start, of up to 0.1 ms, for so many numbers."""
+    """The number of threads to use for so many numbers; starting one takes up to 0.1 ms."""
     return min(torch.get_num_threads(), max(1, count >> 18))
 
 
 def _add_run(library: ctypes.CDLL, out: Tensor, key: Key, start: int, std: float) -> None:
-    """Add the numbers of a run to a contiguous float32 tensor on the CPU."""
+    """Add the numbers of a range to a contiguous float32 tensor on the CPU."""
     run = (ctypes.c_int64 * 4)(out.data_ptr(), signed(key[0]), start, out.numel())
     arrays = (ctypes.addressof(run) + 8 * i for i in range(4))
     library.add_gaussian(1, *arrays, signed(key[1]), std, _threads(out.numel()))
@@ -248,7 +248,7 @@ def _add_run(library: ctypes.CDLL, out: Tensor, key: Key, start: int, std: float
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, list[str]]:
-    """The compiled ``gaussian.c``, or what is left to say of why it can't be had."""
+    """The compiled ``gaussian.c`` or None, and the reason if it is still to be reported."""
     if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
         return None, []
     try:
@@ -266,17 +266,17 @@ def _load() -> tuple[ctypes.CDLL | None, list[str]]:
 
 
 def compiled_library() -> ctypes.CDLL | None:
-    """The compiled ``gaussian.c``; None, with one warning, where it can't be had; None if it is forbidden.
+    """The compiled ``gaussian.c``, or None if it is unavailable, with one warning.
 
-    ``LIGHTNING_NOISY_KERNEL=0`` forbids it.
+    ``LIGHTNING_NOISY_KERNEL=0`` disables it, without a warning.
     """
     library, reasons = _load()
     if reasons:
-        reason = reasons.pop()  # before the warning, which may be made an error
+        reason = reasons.pop()  # before the warning, which filters may turn into an error
         warnings.warn(
-            "Noise on the CPU is drawn by torch's operations, some ten times as slowly as by the kernel, which a C"
-            f" compiler (cc, or $CC) makes: {reason}. LIGHTNING_NOISY_KERNEL=0 does without it, and without this"
-            " warning.",
+            "Noise on the CPU is drawn by torch's operations, about ten times slower than by the compiled kernel,"
+            f" which needs a C compiler (cc, or $CC): {reason}. LIGHTNING_NOISY_KERNEL=0 does without the kernel and"
+            " this warning.",
             stacklevel=3,
         )
     return library
@@ -295,7 +295,7 @@ def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
         ``out``.
 
     Raises:
-        ValueError: if ``out`` or ``start`` is something else.
+        ValueError: if ``out`` or ``start`` is invalid.
     """
     if start < 0 or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
         raise ValueError(f"draw_ needs a contiguous float32 tensor on the CPU and start >= 0, got {out!r} and {start}.")
@@ -311,18 +311,18 @@ def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
-    """Standard normal numbers for every element of a tensor, for noise that is drawn anew in each forward pass.
+    """A standard normal number for each element of a tensor, such as for new noise in each forward pass.
 
     Args:
-        x: tensor whose shape and device they have.
-        first: first half of the key, 0-dimensional int64 tensor: on a device its value isn't waited for.
+        x: tensor that gives the shape and the device.
+        first: first half of the key, 0-dimensional int64 tensor, so that a device needs no host sync.
         second: second half of the key.
 
     Returns:
         Float32 tensor, shape of ``x``, contiguous: element i in row-major order gets the number at address i.
     """
     if torch.compiler.is_compiling():
-        opaque = x.device.type == "cpu"  # where the hash, compiled by inductor, takes ten times as long
+        opaque = x.device.type == "cpu"  # there Inductor's code for the hash takes ten times as long
     else:
         opaque = is_transforming() or type(x) not in (Tensor, nn.Parameter)
     if opaque:
@@ -344,7 +344,7 @@ _gaussian_like_operator = torch.library.custom_op("lightning_noisy::gaussian_lik
 
 @_gaussian_like_operator.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, first: Tensor, second: int) -> tuple[Tensor, int]:
-    """Every element of the whole batch has a number of its own; or, of several streams, each its own stream."""
+    """Each element of the whole batch gets its own number; with several streams, each slice its own stream."""
     size = info.batch_size
     of_x, of_first = in_dims[:2]
     if of_first is None and of_x is not None:
@@ -366,13 +366,13 @@ def add_gaussian_(tensor: Tensor, std: float, key: Key, *, start: int = 0) -> Te
     r"""Add :math:`\mathcal N(0, \sigma^2)` noise in place: element ``i`` gets the number at ``start + i``.
 
     Elements are counted in row-major order, whatever the strides. Numbers are drawn in float32, added in the
-    wider of the two dtypes and rounded once. A complex element z takes two numbers, and gets noise with
-    :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite. (Readable, and the reference of what gradients
-    get; those are served by :class:`lightning_noisy.gradient_noise.plan.NoisePlan`.)
+    wider of the two dtypes and rounded once. A complex element takes two numbers, and its noise z has
+    :math:`E|z|^2 = \sigma^2`. Non-finite elements stay non-finite. This is the readable reference of
+    :class:`lightning_noisy.gradient_noise.plan.NoisePlan`, which adds the noise to gradients.
 
     Args:
         tensor: strided real or complex float tensor of any shape, modified in place.
-        std: σ, >= 0. With 0 the tensor is not touched.
+        std: σ, >= 0. With 0 the tensor doesn't change.
         key: from :func:`stream_key`.
         start: address of the first element, >= 0.
 

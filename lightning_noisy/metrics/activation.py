@@ -18,8 +18,8 @@ __all__ = ["ActivationStatistics"]
 class ActivationStatistics(Metric):
     r"""ρ, ρ′, saturation and sparsity of several activations.
 
-    Moments are pooled by count over updates and processes: a batch weighs as many elements as it has. The
-    state is one tensor of sums, so that a synchronization is one reduction, however many sites there are.
+    Moments are pooled over updates and processes, weighted by the number of elements. The
+    state is one tensor of sums, so synchronization takes one reduction for any number of sites.
 
     ===================== ===============================================================================
     ``rho/<site>``        :math:`E[\varphi(h)^2] / \mathrm{Var}[h]` (Eq. 5 of Yuan et al., "ANAct", 2022)
@@ -55,7 +55,7 @@ class ActivationStatistics(Metric):
         if len(self._rows) != len(sites):
             raise ValueError(f"Names of sites must differ, got {list(sites)!r}.")
         # Columns: elements, Σh, Σh², Σφ, Σφ², Σφ′², saturated, inactive. In float64 sums of squares are safe:
-        # a variance of 1 around a mean of 10⁴ keeps eight digits, and each batch's is computed around its mean.
+        # a variance of 1 at a mean of 10⁴ keeps eight digits, and each batch's is computed around its mean.
         self.add_state("sums", default=torch.zeros(len(sites), 8, dtype=torch.float64), dist_reduce_fx="sum")
 
     @property
@@ -73,7 +73,7 @@ class ActivationStatistics(Metric):
         inactive: Tensor | None = None,
         saturation_threshold: float | Tensor = 0.05,
     ) -> None:
-        """Add what one call of an activation has seen; an empty batch changes nothing.
+        """Add one call of an activation; an empty batch changes nothing.
 
         Args:
             site: name of the site.
@@ -82,7 +82,7 @@ class ActivationStatistics(Metric):
             slope: φ′(h), same shape.
             inactive: which elements count as inactive, bool tensor of the same shape; by default those
                 whose output is <= 0.
-            saturation_threshold: slopes of less than this in size count as saturated.
+            saturation_threshold: elements whose absolute slope is below this count as saturated.
         """
         if input.numel() == 0:
             return
@@ -100,7 +100,7 @@ class ActivationStatistics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The statistics, ``<statistic>/<site>`` and ``anact_score``: 0-dimensional tensors.
 
-        A site that was not called has NaN, and is left out of the score, which is NaN if none was.
+        A site that was never called has NaN and is left out of the score, which is NaN if no site was called.
         """
         count, shares = self.sums[:, 0], (self.sums[:, 6:] / self.sums[:, :1]).unbind(1)
         found = pooled(self.sums[:, :6].T)

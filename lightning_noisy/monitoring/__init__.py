@@ -1,1 +1,1 @@
-"""Recording what activations do."""
+"""Records statistics of activations."""

@@ -1,4 +1,4 @@
-"""Recording what the activations of a model do."""
+"""Records statistics of the activations of a model."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ __all__ = ["ActivationRecorder"]
 
 
 class ActivationRecorder:
-    """Feeds an :class:`ActivationStatistics` with every call of a model's activation modules.
+    """Updates an :class:`ActivationStatistics` at every call of a model's activation modules.
 
-    Between :meth:`attach` and :meth:`detach` the modules carry forward hooks; at other times nothing of it is
-    left on the model. Values and gradients of the model, its running values and the global random state are
-    as without it. The second forward pass of activation checkpointing is not recorded. An activation that can't be
-    measured, such as one that takes more than its input, is left out with a warning.
+    Between :meth:`attach` and :meth:`detach` the modules have forward hooks; at other times the model is
+    unchanged. Recording changes no values, gradients or running statistics of the model, nor the global random
+    state, unless the function of a normalized activation draws numbers. The recomputation by activation checkpointing
+    is not recorded. An activation that can't be measured, such as one that needs more than one input, is left out with
+    a warning.
 
-    The statistics are those of the activation as it stands, a normalized one with its scale and shift. Two of
-    them are judged by the plain function below it: an element is saturated when the function's slope is
-    flatter than ``saturation_threshold`` times its largest one, and inactive when the function's value is <= 0.
+    The statistics are those of the whole activation, including the scale and shift of a normalized one. Two of
+    them refer to the plain function of a normalized one: an element is saturated if the function's absolute slope is
+    below ``saturation_threshold`` times its largest one, and inactive if the function's value is <= 0.
 
     Args:
-        model: any module. An activation module that is registered several times is one site, by its first name.
-        saturation_threshold: share of the function's largest slope, in (0, 1).
+        model: any module. An activation module that is registered several times is one site, with its first name.
+        saturation_threshold: fraction of the function's largest slope, in (0, 1).
 
     Attributes:
-        statistics: what was recorded since its last ``reset()``, of this process alone unless it is synced.
+        statistics: the statistics since the last ``reset()``, of this process only unless synced.
 
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     >>> recorder = ActivationRecorder(model)
@@ -54,11 +55,11 @@ class ActivationRecorder:
         self._threshold = saturation_threshold
         self._hooks: list[RemovableHandle] = []
         self._failed: set[str] = set()
-        self._inputs: dict[str, Tensor] = {}  # copies for modules that overwrite their input, during the call
+        self._inputs: dict[str, Tensor] = {}  # copies, during the call, of inputs that are overwritten
         self.statistics = ActivationStatistics(list(self._modules), sync_on_compute=False)
 
     def attach(self) -> None:
-        """Start recording; again has no effect."""
+        """Start recording; no effect if already attached."""
         if self._hooks:
             return
         for name, module in self._modules.items():
@@ -67,7 +68,7 @@ class ActivationRecorder:
             self._hooks.append(module.register_forward_hook(partial(self._observe, name), with_kwargs=True))
 
     def detach(self) -> None:
-        """Stop recording and take the hooks off; again has no effect."""
+        """Stop recording and remove the hooks; no effect if not attached."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -94,12 +95,12 @@ class ActivationRecorder:
     ) -> None:
         h = self._inputs.pop(name, None)
         h = _argument(args, kwargs).detach() if h is None else h
-        # Backward is under way: activation checkpointing runs this forward pass for the second time.
+        # A backward pass is running: this forward pass is a recomputation by activation checkpointing.
         if is_recomputing() or name in self._failed:
             return
         try:
             self._measure(name, module, h, output)
-        except Exception as error:  # whatever a user's module may raise: watching must not end a training
+        except Exception as error:  # a user's module may raise anything; recording must not end the training
             self._failed.add(name)
             warnings.warn(f"The activation {name!r} can't be measured, and is left out: {error}", stacklevel=2)
 
@@ -125,5 +126,5 @@ class ActivationRecorder:
 
 
 def _argument(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    """The one input of an elementwise module, however it was passed."""
+    """The input of an elementwise module, positional or keyword."""
     return args[0] if args else next(iter(kwargs.values()))

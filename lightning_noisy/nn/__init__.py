@@ -1,4 +1,4 @@
-"""Activation modules, and the registry that makes them by name."""
+"""Activation modules, and the registry that creates them by name."""
 
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.gpn import GPNActivation

@@ -18,15 +18,15 @@ class GPNActivation(nn.Module):
     Lu, Gould and Ajanthan, "Bidirectionally Self-Normalizing Neural Networks" (2020).
 
     Args:
-        function: elementwise callable or module f; its constants come from quadrature.
-        inplace: write the result into the input, as the activation that this one replaces did. It costs a copy.
+        function: elementwise callable or module f; a and b are computed by quadrature.
+        inplace: overwrite the input with the result, as an in-place activation does. Costs a copy of the input.
 
     Attributes:
         scale: a, a float.
         shift: b, a float.
 
     Shape:
-        Input and output: any shape, the same.
+        Input and output: any shape, equal.
 
     Raises:
         TypeError: if ``function`` is not callable.

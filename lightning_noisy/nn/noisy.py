@@ -20,41 +20,41 @@ __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
 Elementwise = Callable[[Tensor], Tensor]
 Function = str | HardFunction | tuple[Elementwise, Elementwise]
 
-_NEXT_DRAW = 0x2545F4914F6CDD1D  # odd: how far the keys of two forward passes lie apart
+_NEXT_DRAW = 0x2545F4914F6CDD1D  # odd; distance between the keys of two forward passes
 _NEXT_RANK = 0xDA942042E4DD58B5
 
 
 class NoisyActivation(nn.Module):
-    r"""The base of the noisy activations: a hard-saturating function h, its linearization u, and a stream of noise.
+    r"""Base class of the noisy activations: a hard-saturating function h, its linearization u, and a stream of noise.
 
-    Noise is drawn anew for each element in each forward pass in training mode; evaluation uses the expectation. It
-    comes from a stream of the module's own, which differs between ranks (they see other samples) and goes on after a
-    resume (a ``deepcopy`` repeats the noise of its original until ``reset_parameters``): the global random states are
-    neither used nor changed, and with ``c = 0`` a run is bit for bit the one without noise. Activation checkpointing
-    repeats the noise, as long as a checkpointed module is called once per backward pass.
+    In training mode, each forward pass draws new noise for each element; evaluation uses the expectation. Each module
+    has its own random stream, which differs between ranks (they see different samples) and continues after a resume
+    (a ``deepcopy`` repeats its original's noise until ``reset_parameters``). Forward passes neither use nor change the
+    global random states; with ``c = 0`` a run is bit for bit the one without noise. Activation checkpointing repeats
+    the noise, as long as a checkpointed module is called once per backward pass.
 
     Computed in float32 (float64 for double precision); the output has the input's dtype.
 
     Args:
         function: ``"tanh"``, ``"sigmoid"`` or ``"relu"``, for their hard versions; or a pair (h, u) of elementwise
             callables that are equal where h doesn't saturate.
-        c: scale of the noise, >= 0. Annealing changes it: ``module.c.fill_(0.5)``.
+        c: scale of the noise, >= 0. To anneal it: ``module.c.fill_(0.5)``.
         noise: ``"normal"`` or ``"half-normal"``, the distribution of ε or ξ.
-        num_parameters: 1, or the number of channels (dimension 1 of the input) for a p of each.
-        inplace: write the result into the input, as the activation that this one replaces did. It costs a copy.
+        num_parameters: 1, or the number of channels (dimension 1 of the input) for one p per channel.
+        inplace: overwrite the input with the result, as an in-place activation does. Costs a copy of the input.
         device: device of the parameter and the buffers.
         dtype: dtype of the parameter.
 
     Attributes:
-        p: the learned p, parameter of shape (num_parameters,), uniform in [-1, 1] at the start; or None.
-        c: scale of the noise, 0-dimensional float32 buffer; a ``state_dict`` has it in its metadata.
-        noise_state: seed of the stream and the forward passes that have drawn from it, int64 buffer of shape (2,).
+        p: the learned p, parameter of shape (num_parameters,), initially uniform in [-1, 1]; or None.
+        c: scale of the noise, 0-dimensional float32 buffer; saved in the metadata of a ``state_dict``.
+        noise_state: seed of the stream and number of forward passes that used it, int64 buffer of shape (2,).
 
     Shape:
-        Input and output: any shape, the same.
+        Input and output: any shape, equal.
 
     Raises:
-        ValueError: if an option is outside its range, or a name unknown.
+        ValueError: if an option is out of range, or a name is unknown.
         TypeError: if ``function`` is neither a name nor a pair of callables.
     """
 
@@ -92,14 +92,14 @@ class NoisyActivation(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw p and the seed of the noise anew, from torch's global generator; c is as at the start."""
+        """Draw p and the seed of the noise from torch's global generator; reset c to its initial value."""
         self.c.fill_(self._first_c)
         if self.p is not None:
             self.p.uniform_(-1, 1)
         self.noise_state.copy_(torch.stack([torch.randint(2**62, ()), torch.tensor(0)]))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the noisy activation, in evaluation mode its expectation."""
+        """Apply the noisy activation; in evaluation mode, its expectation."""
         x = input.clone() if self.inplace else input
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -120,7 +120,7 @@ class NoisyActivation(nn.Module):
         raise NotImplementedError
 
     def _p(self, x: Tensor) -> Tensor:
-        """P in the dtype of ``x``, and broadcastable to it."""
+        """The parameter p, in the dtype of ``x`` and broadcastable to it."""
         assert self.p is not None
         p = self.p.to(x.dtype)
         if p.numel() == 1:
@@ -128,7 +128,7 @@ class NoisyActivation(nn.Module):
         return p if x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
 
     def _next_key(self) -> tuple[Tensor, int]:
-        """The key of this pass's noise; the last one's once more where checkpointing repeats the pass."""
+        """The key of this forward pass's noise; in a recomputation by checkpointing, the last one again."""
         if torch.compiler.is_dynamo_compiling():
             self.noise_state[1] += 1 - recomputing(self.noise_state).long()
         elif not is_recomputing():
@@ -144,7 +144,7 @@ class NoisyActivation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoisyActivation:
         c = self.c
         super()._apply(fn, recurse)
-        if c.is_meta and not self.c.is_meta:  # no state_dict brings it later
+        if c.is_meta and not self.c.is_meta:  # a state_dict has it only in its metadata
             self.c = self._initial_c(self.c.device)
         elif self.c.dtype != torch.float32:  # half precision would round an annealed c
             self.c = c.to(self.c.device)
@@ -152,8 +152,8 @@ class NoisyActivation(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the values, as the version of a module is: c is no value of a network that was trained with none. While
-        # a model is traced its tensors have no values.
+        # In the metadata, like a module's version: weights that were saved without c must load. While a model is
+        # traced, its tensors have no values.
         metadata = (metadata_of(destination) or {}).get(prefix[:-1])
         if metadata is not None and type(self.c) is Tensor and not self.c.is_meta:
             metadata["c"] = self.c.item()
@@ -187,7 +187,7 @@ class _OutputNoise(NoisyActivation):
         self.alpha = float(alpha)
 
     def _train(self, x: Tensor) -> Tensor:
-        # Numbers belong to elements in row-major order, so that the memory format doesn't change the noise.
+        # Numbers are assigned in row-major order, so that the memory format doesn't change the noise.
         sweep = self._sweep(x) if x.is_contiguous() else None
         if sweep is None:
             return super()._train(x)
@@ -195,7 +195,7 @@ class _OutputNoise(NoisyActivation):
         return cast(Tensor, _Fused.apply(x, self.p, self, sweep, (int(first), second)))
 
     def _sweep(self, x: Tensor) -> fused.OutputNoise | None:
-        """How to compute the output in one sweep, if that can be."""
+        """The fused implementation, or None if it doesn't support this module or input."""
         line, p = self.hard_function, self.p
         if torch.compiler.is_compiling() or line.slope is None or p is None or p.numel() > 1 or not fused.takes(x):
             return None
@@ -224,7 +224,7 @@ class _OutputNoise(NoisyActivation):
 
 
 class _Fused(torch.autograd.Function):
-    """Training forward and backward of NAN and NAH on the CPU, by the sweeps of ``kernels.fused``."""
+    """Forward and backward pass of NAN and NAH in training on the CPU, with ``kernels.fused``."""
 
     @staticmethod
     def forward(
@@ -242,7 +242,7 @@ class _Fused(torch.autograd.Function):
         """Gradients of input and p."""
         x, p, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # for a second derivative: what autograd can differentiate once more
+        if torch.is_grad_enabled():  # for a second derivative: operations that autograd can differentiate
             epsilon = ctx.module._draw(x, torch.tensor(ctx.key[0]), ctx.key[1])
             y = noisy.output_noise(x, epsilon, p, ctx.sweep.c, function=ctx.module.hard_function, alpha=ctx.sweep.alpha)
             inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
@@ -261,9 +261,9 @@ class NAN(_OutputNoise):
 
     Args:
         function: see :class:`NoisyActivation`.
-        alpha: α; above 1 the output leans away from u, which the noise makes good. The authors take 1.15 for tanh,
-            1.1 to 1.15 for the sigmoid.
-        options: of :class:`NoisyActivation`. The authors anneal ``c`` from 30 to 0.5.
+        alpha: α; above 1, the output is shifted away from u, which the noise compensates for. The authors use 1.15
+            for tanh, 1.1 to 1.15 for the sigmoid.
+        options: options of :class:`NoisyActivation`. The authors anneal ``c`` from 30 to 0.5.
 
     >>> NAN(c=0.0)(torch.tensor([0.5, 2.0])).detach()  # 1.15 h - 0.15 u
     tensor([0.5000, 0.8500])
@@ -271,7 +271,7 @@ class NAN(_OutputNoise):
 
 
 class NAH(_OutputNoise):
-    """Half-normal noise on the output where h saturates (Eq. 12 with ε = |ξ|). Arguments as of :class:`NAN`."""
+    """Half-normal noise on the output where h saturates (Eq. 12 with ε = |ξ|). Arguments: see :class:`NAN`."""
 
     def __init__(self, function: Function = "tanh", *, alpha: float = 1.15, **options: Any) -> None:
         super().__init__(function, alpha=alpha, **{"noise": "half-normal", **options})
@@ -282,8 +282,8 @@ class NANI(NoisyActivation):
 
     Args:
         function: see :class:`NoisyActivation`.
-        c: σ. The authors take 0.05.
-        options: of :class:`NoisyActivation`.
+        c: σ. The authors use 0.05.
+        options: options of :class:`NoisyActivation`.
     """
 
     learns_scale = False
@@ -304,12 +304,12 @@ class NANI(NoisyActivation):
 
 
 class NANIL(NANI):
-    r"""Normal noise on the input, of learned σ: :math:`\phi = h(x + \sigma(x) \xi)` (Eq. 14 with Eq. 9).
+    r"""Normal noise on the input, with learned σ: :math:`\phi = h(x + \sigma(x) \xi)` (Eq. 14 with Eq. 9).
 
     Args:
         function: see :class:`NoisyActivation`.
         c: see :class:`NAN`.
-        options: of :class:`NoisyActivation`.
+        options: options of :class:`NoisyActivation`.
     """
 
     learns_scale = True
@@ -325,12 +325,12 @@ class NANIL(NANI):
 class NANIS(NANI):
     r"""Normal noise on the input where h saturates: :math:`\phi = h(x + 1_{|x| \ge |x_t|} \sigma \xi)` (Eq. 15).
 
-    A ReLU saturates where x <= 0; a pair (h, u) of your own where h and u differ.
+    A ReLU saturates where x <= 0; a custom pair (h, u), where h and u differ.
 
     Args:
         function: see :class:`NoisyActivation`.
-        c: σ. The authors take 0.25.
-        options: of :class:`NoisyActivation`.
+        c: σ. The authors use 0.25.
+        options: options of :class:`NoisyActivation`.
     """
 
     def __init__(self, function: Function = "tanh", *, c: float = 0.25, **options: Any) -> None:
@@ -347,7 +347,7 @@ class NANIS(NANI):
 
 
 def _hard_function(function: Function) -> tuple[HardFunction, str]:
-    """H and u, and what to call them."""
+    """The pair of h and u, and its name."""
     if isinstance(function, HardFunction):
         return function, "custom"
     if isinstance(function, str):

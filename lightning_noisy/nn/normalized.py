@@ -21,8 +21,8 @@ from lightning_noisy.nn.normalized_sweep import NormalizedSweep
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 
-# A batch whose gains are not above this says nothing usable (a dead layer, a constant input): its λ
-# would be beyond 1000 and would stay in the running values for many steps.
+# A batch with gains up to this is unusable (a dead layer, a constant input): its λ would be about 1000
+# or more, and would affect the running statistics for many steps.
 _SMALLEST_GAIN = 1e-6
 
 
@@ -32,62 +32,61 @@ class NormalizedActivation(nn.Module):
     :math:`\hat\delta(x) = (\lambda + \beta \tanh \alpha)\,(\delta(x) - \mu)` with
     :math:`\lambda = \sqrt{(\rho + \rho') / (2 \rho \rho')}` (Eq. 13 and 15), where
     :math:`\rho = \mathrm{Var}[\delta(x)] / \mathrm{Var}[x]` (Eq. 31), :math:`\rho' = E[\delta'(x)^2]`
-    (Eq. 6) and :math:`\mu = E[\delta(x)]` are running values over the training batches (Eq. 16-18).
+    (Eq. 6) and :math:`\mu = E[\delta(x)]` are running statistics of the training batches (Eq. 16-18).
 
-    In training mode each batch first updates the running values (the first batch sets them), and the
-    updated values are used; in evaluation mode they are used as they are. They are constants for the
-    backward pass. α is learned. A batch whose ρ or ρ′ is out of ``bounds`` leaves that value where it is;
-    after ``max_rejections`` such batches in a row the running values are set to the batch's, so that a
-    real shift is not refused for ever. μ is not filtered (Eq. 16). A batch that has no usable gains (empty,
+    In training mode each batch first updates the running statistics (the first batch sets them), and the
+    updated ones are used; evaluation mode uses them without an update. The backward pass treats them as
+    constants. α is learned. A batch whose ρ or ρ′ is out of ``bounds`` doesn't update that statistic; after
+    ``max_rejections`` such batches in a row, the next one sets the running statistics, so that a real
+    shift is eventually accepted. μ is not filtered (Eq. 16). A batch without usable gains (empty,
     constant or non-finite input, all units inactive) changes nothing.
 
-    Activation checkpointing gives the gradients of the plain run as long as a checkpointed module is called once
-    per backward pass: the second forward pass uses the running values of the last call.
+    With activation checkpointing, gradients are those of the plain run as long as a checkpointed module is called
+    once per backward pass: the recomputation uses the running statistics of the last call.
 
     Statistics are computed in float32 (float64 for double precision) over all elements. Under data
-    parallelism each process uses its own batch, and DDP copies rank 0's running values to all ranks
+    parallelism each process uses its own batch, and DDP copies rank 0's running statistics to all ranks
     before each forward pass, as it does for batch normalization. With ``synchronized=True`` batches only add to
-    ``pending``; :func:`~lightning_noisy.nn.synchronize.synchronize_statistics`, to be called after each step
-    (``ActivationReplacement`` does), updates the running values from those of all ranks in one reduction for all
-    layers. Forward passes use the running values of the last step; until there are any, their own batch's.
+    ``pending``; call :func:`~lightning_noisy.nn.synchronize.synchronize_statistics` after each step
+    (``ActivationReplacement`` does) to update the running statistics from all ranks, in one reduction for all
+    layers. Forward passes use the running statistics of the last step; before the first, their own batch's.
 
     With ``instance_dims`` each instance is normalized by its own statistics, in training and in evaluation, as in
-    the paper's Transformer. An instance without usable gains gets δ(x). The running values follow the means over
-    the instances, to be looked at.
+    the paper's Transformer. An instance without usable gains uses λ = 1 and μ = 0. The running statistics track the
+    means over the instances, only for inspection.
 
     Args:
         function: elementwise callable or module δ. Its derivative needs no closed form.
-        momentum: m, the weight of a batch in the running values, in (0, 1]. The paper gives no value.
-        bounds: (L, U) with 0 <= L < 1 < U. The paper gives no values.
-        max_rejections: batches in a row that may be rejected, >= 0.
-        beta: β, how far α can move the factor, >= 0; the paper takes 0.3.
-        learn_alpha: whether α is learned; else it stays at 0, and needs no gradient.
-        stride: take the statistics from every ``stride``-th sample of a batch (dimension 0), >= 1.
+        momentum: m, the weight of a batch in the running statistics, in (0, 1]. The paper gives no value.
+        bounds: (L, U), multiples of the running statistic, 0 <= L < 1 < U. The paper gives no values.
+        max_rejections: number of batches in a row that may be rejected, >= 0.
+        beta: β, how far α can move the factor, >= 0; the paper uses 0.3.
+        learn_alpha: whether α is learned; else it stays 0 without a gradient.
+        stride: compute the statistics from every ``stride``-th sample of a batch (dimension 0), >= 1.
         instance_dims: dimensions that make up an instance, such as (1, 2) for an input of shape (batch, tokens,
             features); None for statistics of whole batches.
         synchronized: pool the statistics of all ranks, and of all batches of a step; see above.
-        inplace: write the result into the input, as the activation that this one replaces did. It costs
-            a copy of the input.
+        inplace: overwrite the input with the result, as an in-place activation does. Costs a copy of the input.
         device: device of the parameter and the buffers.
-        dtype: dtype of the parameter ``alpha``. The running values are float32, and stay so in a module that is
-            moved to half precision.
+        dtype: dtype of the parameter ``alpha``. The running statistics are float32, and stay so in a module
+            that is moved to half precision.
 
     Attributes:
-        alpha: the learned α, parameter of shape (1,), 0 at the start.
-        running_mean: μ, 0-dimensional, 0 at the start.
-        running_rho: ρ, 0-dimensional, 1 at the start.
-        running_rho_prime: ρ′, 0-dimensional, 1 at the start.
-        num_batches_tracked: batches that had usable gains, 0-dimensional.
-        num_rejected: batches rejected in a row by now, 0-dimensional.
-        pending: with ``synchronized``, what was seen since the last synchronization: the number of elements and the
-            sums of x, x², δ, δ² and δ′², float64 tensor, shape (6,). It is in no ``state_dict``; else None.
+        alpha: the learned α, parameter of shape (1,), initially 0.
+        running_mean: μ, 0-dimensional, initially 0.
+        running_rho: ρ, 0-dimensional, initially 1.
+        running_rho_prime: ρ′, 0-dimensional, initially 1.
+        num_batches_tracked: number of updates with usable gains, 0-dimensional.
+        num_rejected: number of batches rejected in a row so far, 0-dimensional.
+        pending: with ``synchronized``, the number of elements and the sums of x, x², δ, δ² and δ′² since the last
+            synchronization, float64 tensor (float32 on MPS), shape (6,), not in the ``state_dict``; else None.
 
     Shape:
-        Input and output: any shape, the same.
+        Input and output: any shape, equal.
 
     Raises:
         TypeError: if ``function`` is not callable.
-        ValueError: if an option is outside its range, or ``function`` works in place.
+        ValueError: if an option is out of range, or ``function`` works in place.
 
     >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     >>> y = NReLU()(x)
@@ -139,7 +138,7 @@ class NormalizedActivation(nn.Module):
             if not instance_dims or not all(isinstance(dim, int) for dim in instance_dims):
                 raise ValueError(f"instance_dims must be one dimension or several, got {instance_dims!r}.")
             if stride != 1 or synchronized:
-                raise ValueError("instance_dims needs each instance and nothing else: drop stride and synchronized.")
+                raise ValueError("instance_dims can't be combined with stride or synchronized.")
         self.function = function
         self.beta = float(beta)
         self.learn_alpha = learn_alpha
@@ -160,7 +159,7 @@ class NormalizedActivation(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget what was learned and tracked."""
+        """Reset α and the statistics."""
         self._reset_pending()
         for tensor in (self.alpha, self.running_mean, self.num_batches_tracked, self.num_rejected):
             tensor.zero_()
@@ -178,8 +177,8 @@ class NormalizedActivation(nn.Module):
         forgotten = self.pending is not None and not self.pending.is_meta and self.training and not mode
         if forgotten and cast(Tensor, self.pending)[0] > 0 and self.num_batches_tracked == 0:
             warnings.warn(
-                f"{type(self).__name__}(synchronized=True) has no running values yet, and evaluates like the plain"
-                " function: call synchronize_statistics(model) after each step.",
+                f"{type(self).__name__}(synchronized=True) has no running statistics yet, and evaluates like the"
+                " plain function: call synchronize_statistics(model) after each step.",
                 stacklevel=2,
             )
         return super().train(mode)
@@ -212,7 +211,7 @@ class NormalizedActivation(nn.Module):
         return input.copy_(normalized) if self.inplace else normalized
 
     def _is_tracking(self) -> bool:
-        """Whether this forward pass is to update the running values."""
+        """Whether this forward pass updates statistics."""
         outside = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
         return self.training and outside and not is_recomputing()
 
@@ -221,7 +220,7 @@ class NormalizedActivation(nn.Module):
         return self._is_tracking() or (self.training and self.synchronized)
 
     def _follow(self, x: Tensor) -> Tensor:
-        """Track ``x``, and normalize the activation of it."""
+        """Update the statistics with ``x``, and normalize its activation."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if torch.compiler.is_compiling() and x.dtype == wide:
             y, derivative = value_and_slope(self.function, x)
@@ -240,7 +239,7 @@ class NormalizedActivation(nn.Module):
         return normalize_output(y, self._scale(rho, rho_prime), mean)
 
     def _use(self, found: Moments, count: int) -> tuple[Tensor, ...]:
-        """Track the moments of ``count`` elements; return the μ, ρ and ρ′ to normalize with."""
+        """Update the statistics with the moments of ``count`` elements; return μ, ρ and ρ′ for the normalization."""
         batch = tuple(value.to(self.running_mean.dtype) for value in _gains(found))
         usable = _usable(*batch)
         if self.instance_dims is not None:
@@ -260,7 +259,7 @@ class NormalizedActivation(nn.Module):
         return tuple(torch.where(first, own, known) for own, known in zip(batch, running, strict=True))
 
     def _dims(self, x: Tensor) -> tuple[int, ...] | None:
-        """The dimensions of an instance, if they are dimensions of ``x``."""
+        """Return ``instance_dims``; raise if ``x`` doesn't have them."""
         dims = self.instance_dims
         if dims and len({dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}) < len(dims):
             raise ValueError(f"instance_dims={dims} are not dimensions of an input of shape {tuple(x.shape)}.")
@@ -268,10 +267,10 @@ class NormalizedActivation(nn.Module):
 
     @torch.no_grad()
     def follow(self, added: Tensor) -> None:
-        """Update the running values from what was ``pending``, here or in sum on several ranks, and forget it.
+        """Update the running statistics with ``pending``, of this rank or summed over several, and reset it.
 
         Args:
-            added: as ``pending``. Without elements it changes nothing.
+            added: as ``pending``. Without elements it changes no running statistics.
         """
         self._update(*(value.to(self.running_mean.dtype) for value in _gains(pooled(added))))
         self._reset_pending()
@@ -297,12 +296,12 @@ class NormalizedActivation(nn.Module):
         self.num_batches_tracked.add_(usable)
 
     def _update_on_cpu(self, found: tuple[float, ...]) -> None:
-        """The same by Python's numbers, which take a tenth of the time of small tensors."""
+        """The same with Python floats, in a tenth of the time that small tensors take."""
         _, var_x, batch_mean, var_y, batch_rho_prime = found
         batch_rho = var_y / var_x if var_x > 0 else math.nan
         if not (batch_rho > _SMALLEST_GAIN and batch_rho_prime > _SMALLEST_GAIN):
             return
-        if not abs(batch_mean) + batch_rho + batch_rho_prime < torch.finfo(torch.float32).max:  # else, or NaN
+        if not abs(batch_mean) + batch_rho + batch_rho_prime < torch.finfo(torch.float32).max:  # not finite in float32
             return
         rejected = int(self.num_rejected)
         running = (self.running_mean, self.running_rho, self.running_rho_prime)
@@ -325,7 +324,7 @@ class NormalizedActivation(nn.Module):
         self.num_batches_tracked.add_(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizedActivation:
-        # Half precision would lose small updates of the running values: they follow to a device, not to float16.
+        # Half precision would lose small updates of the running statistics: move them to a device, not to float16.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -361,7 +360,7 @@ def _gains(found: Moments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _usable(mean: Tensor, rho: Tensor, rho_prime: Tensor) -> Tensor:
-    """Whether the gains say something."""
+    """Whether the gains are usable."""
     return (rho > _SMALLEST_GAIN) & (rho_prime > _SMALLEST_GAIN) & (mean + rho + rho_prime).isfinite()
 
 

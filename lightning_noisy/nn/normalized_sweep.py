@@ -19,11 +19,11 @@ __all__ = ["NormalizedSweep"]
 
 
 class NormalizedSweep(torch.autograd.Function):
-    """Training forward and backward of a normalized activation on the CPU, by the sweeps of ``kernels.fused``."""
+    """Forward and backward pass of a normalized activation in training on the CPU, with ``kernels.fused``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, fast: fused.FusedFunction) -> Tensor:
-        """Compute the output, and update the running values before."""
+        """Update the statistics, and compute the output."""
         output = torch.empty_like(x)
         strided = module.stride > 1 and x.dim() > 0
         if looking := module._looks_at_batch():
@@ -53,9 +53,9 @@ class NormalizedSweep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Gradients of input and α; the running values are constants."""
+        """Gradients of input and α; the running statistics are constants."""
         x, alpha = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative: what autograd can differentiate once more
+        if torch.is_grad_enabled():  # for a second derivative: operations that autograd can differentiate
             beta = ctx.module.beta
             factor = ctx.scale - beta * ctx.tanh
             y = (factor + beta * torch.tanh(alpha.squeeze()).to(x.dtype)) * (ctx.module.function(x) - ctx.shift)

@@ -1,4 +1,4 @@
-"""Activations by name: the names that ``replace_activations`` takes, and the plain functions' names."""
+"""Activations by name: the names that ``replace_activations`` accepts, and the plain functions' names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "unregister",
 ]
 
-# The elementwise activations of torch.nn, each by the name of its function in torch.nn.functional.
+# The elementwise activations of torch.nn, keyed by the name of the function in torch.nn.functional.
 PLAIN: dict[str, type[nn.Module]] = {
     "celu": nn.CELU,
     "elu": nn.ELU,
@@ -63,19 +63,19 @@ NORMALIZED: dict[str, type[NormalizedActivation]] = {
 
 NOISY: dict[str, type[NoisyActivation]] = {"nah": NAH, "nan": NAN, "nani": NANI, "nanil": NANIL, "nanis": NANIS}
 
-# The functions that the noisy activations have hard versions of, by the version's name.
+# The functions with a hard version for the noisy activations, and the name of that version.
 SATURATING = {"hardsigmoid": "sigmoid", "hardtanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 _GPN = {f"{name}-gpn": name for name in ("relu", "leaky_relu", "elu", "selu", "tanh", "gelu")}
 
 _ALIASES = {"leakyrelu": "leaky_relu", "nleaky_relu": "nlrelu", "nswish": "nsw", "swish": "silu"}
 
-# What users have added, by name.
+# Activations registered by users, by name.
 REGISTERED: dict[str, Callable[..., nn.Module]] = {}
 
 
 def names() -> list[str]:
-    """Every name that :func:`create` takes, without aliases.
+    """Every name that :func:`create` accepts, without aliases.
 
     >>> "nsw" in names()
     True
@@ -84,7 +84,7 @@ def names() -> list[str]:
 
 
 def describe() -> str:
-    """A table of the names, with a line on each.
+    """A table of the names, with one line for each.
 
     >>> print(describe().splitlines()[0])
     celu                 torch.nn.CELU
@@ -107,13 +107,13 @@ _Factory = TypeVar("_Factory", bound=Callable[..., nn.Module])
 
 
 def register(name: str) -> Callable[[_Factory], _Factory]:
-    """A decorator that gives a name to a class of modules, or to a function that makes one.
+    """A decorator that registers a module class, or a function that returns a module, under a name.
 
     Args:
-        name: letters, digits, ``_`` and ``-``; not one that is there already.
+        name: letters, digits, ``_`` and ``-``; not a name that exists already.
 
     Raises:
-        ValueError: if the name can't be used, or is taken.
+        ValueError: if the name is invalid or taken.
 
     >>> @register("double_relu")
     ... class DoubleReLU(nn.ReLU):
@@ -126,7 +126,7 @@ def register(name: str) -> Callable[[_Factory], _Factory]:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"A name consists of letters, digits, _ and -, got {name!r}.")
     if name in names() or name in _ALIASES:
-        raise ValueError(f"{name!r} is the name of an activation already.")
+        raise ValueError(f"{name!r} is already the name of an activation.")
 
     def add(factory: _Factory) -> _Factory:
         REGISTERED[name] = factory
@@ -136,12 +136,12 @@ def register(name: str) -> Callable[[_Factory], _Factory]:
 
 
 def unregister(name: str) -> None:
-    """Take a name away that :func:`register` gave."""
+    """Remove a name that :func:`register` added."""
     del REGISTERED[name]
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """Take a name with options apart. Options are literals; nothing is evaluated.
+    """Split a name from its options. Options are literals; no code is evaluated.
 
     Raises:
         ValueError: if it isn't written as ``name`` or ``name(option=literal, ...)``.
@@ -156,9 +156,9 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("it is no single call")
+            raise ValueError("it is not a single call")
         if call.args or not all(keyword.arg for keyword in call.keywords):
-            raise ValueError("there are arguments without a name")
+            raise ValueError("every argument needs a name")
         options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
         if len(options) < len(call.keywords):
             raise ValueError("an option is given twice")
@@ -195,7 +195,7 @@ def check_spec(spec: str) -> None:
             close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name!r} has no option {option!r}.{hint} It has: {', '.join(sorted(known)) or 'none'}.")
-    if options and name not in REGISTERED:  # of which it isn't known what making one does
+    if options and name not in REGISTERED:  # creating one may have side effects
         try:
             with torch.random.fork_rng([]):
                 create(spec)
@@ -204,17 +204,17 @@ def check_spec(spec: str) -> None:
 
 
 def options_of(spec: object) -> str:
-    """The options of a registered name in a normal form; empty for all else, whose modules show their options."""
+    """The options of a registered name in canonical form; empty for other names, whose modules show their options."""
     name, options = parse(spec) if isinstance(spec, str) else ("", {})
     return ", ".join(f"{key}={options[key]!r}" for key in sorted(options)) if name in REGISTERED else ""
 
 
 def _options(name: str) -> list[str] | None:
-    """The options that a name may have, or None if that isn't known."""
+    """The options that a name accepts, or None if they aren't known."""
     if name in REGISTERED:
         factory, own = REGISTERED[name], set[str]()
     else:
-        own = {"function", "device", "dtype"}  # the site says them
+        own = {"function", "device", "dtype"}  # given by the site
         factory = GPNActivation if name in _GPN else (PLAIN | NORMALIZED | NOISY).get(name, NormalizedActivation)
     found: list[str] = []
     for cls in factory.__mro__[:-1] if inspect.isclass(factory) else (factory,):
@@ -234,7 +234,7 @@ def _options(name: str) -> list[str] | None:
 
 
 def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options: Any) -> nn.Module:
-    """Make an activation by its name.
+    """Create an activation by name.
 
     Args:
         name: one of :func:`names` or an alias: a plain function (``"gelu"``), a normalized one (``"nsw"``,
@@ -242,15 +242,15 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
             (``"nah"``, ...) for the hard version of ``function``, a GPN one (``"relu-gpn"``). It may have options,
             ``"nah(alpha=1.15, c=0.5)"``: literals, see :func:`parse`.
         function: what ``"normalized"`` normalizes: a plain function's name, or an elementwise callable or
-            module; for the noisy names one of ``SATURATING``, or a pair (h, u). The other names have their own.
-        options: keyword arguments of the module's class; they win over those in the name.
+            module; for the noisy names one of ``SATURATING``, or a pair (h, u). Other names ignore it.
+        options: keyword arguments of the module's class; they override those in the name.
 
     Returns:
         A new module.
 
     Raises:
         ValueError: if a name is unknown; suggests the closest ones.
-        TypeError: if the class doesn't take an option.
+        TypeError: if the class doesn't accept an option.
 
     >>> create("leaky_relu", negative_slope=0.2)
     LeakyReLU(negative_slope=0.2)
@@ -278,8 +278,8 @@ def create(name: str, *, function: str | Callable[..., Any] = "tanh", **options:
 def function_name(module: nn.Module) -> str | None:
     """The plain name of the function that an activation module applies, or None for any other module.
 
-    Subclasses of an activation count as that activation; a normalized or noisy one has the name of what it
-    is a version of.
+    Subclasses of an activation count as that activation; a normalized or noisy one has the name of its
+    underlying function.
 
     >>> function_name(NSwish()), function_name(nn.ReLU6()), function_name(nn.Linear(1, 1))
     ('silu', 'relu6', None)

@@ -16,16 +16,16 @@ def synchronized_activations(model: nn.Module) -> list[NormalizedActivation]:
 
 
 def synchronize_statistics(model: nn.Module, *, group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Update the running values of all synchronized activations from what all ranks saw since the last call.
+    """Update the running statistics of all synchronized activations with all ranks' batches since the last call.
 
-    To be called by every rank after each optimizer step: one reduction for all layers, of six numbers a layer. The
-    running values then are those of one process that saw all batches. Without distributed training it does the same
-    for the one process there is.
+    Call it on every rank after each optimizer step: one reduction for all layers, of six numbers per layer. The
+    running statistics are then those of a single process that saw all batches. Without distributed training, it does
+    the same for this process.
 
     Args:
         model: has normalized activations with ``synchronized=True``, such as after
             ``replace_activations(model, "nsw(synchronized=True)")``.
-        group: ranks that see different data; by default all.
+        group: the ranks that see different data; by default all.
 
     Raises:
         ValueError: if the model has none.

@@ -1,1 +1,1 @@
-"""The activations of any module: finding, replacing and folding them."""
+"""Find, replace and fold the activations of any module."""

@@ -1,4 +1,4 @@
-"""What ANAct's authors do to the batch norms around normalized activations (their experiments with VGG and ResNet)."""
+"""The changes to batch norms around normalized activations from ANAct's experiments with VGG and ResNet."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["buffer", "strip"]
 
 
 def strip(model: nn.Module, sites: Iterable[ActivationSite], record: Record) -> None:
-    """Take weight and bias from the batch norms right before the sites.
+    """Remove weight and bias from the batch norms directly before the sites.
 
     Warns:
-        UserWarning: where they were trained, and their effect is lost.
+        UserWarning: if they were trained, since their effect is lost.
     """
     lost = []
     for name in dict.fromkeys(site.batch_norm for site in sites if site.batch_norm is not None):
@@ -43,7 +43,7 @@ def strip(model: nn.Module, sites: Iterable[ActivationSite], record: Record) -> 
         record.set_module(model, owner, key, plain.train(norm.training))
     if lost:
         warnings.warn(
-            f"Weight and bias of {', '.join(lost)} were trained, and are gone: the output is another one.",
+            f"Weight and bias of {', '.join(lost)} were trained, and are gone: the output changes.",
             UserWarning,
             stacklevel=5,
         )
@@ -59,16 +59,16 @@ class _Buffer:
 
 
 def buffer(model: nn.Module, which: bool | str, record: Record) -> None:
-    """Put a batch norm without weights before the last linear layer, or the one of that name.
+    """Insert a batch norm without weight and bias before the last linear layer, or before the named one.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such layer.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     name = which if isinstance(which, str) else next(reversed(linear), "")
     if name not in linear:
         known = f"The linear layers are {', '.join(linear)}." if linear else "It has no linear layer."
-        raise ValueError(f"buffer_batchnorm needs the linear layer before which it is to go, got {which!r}. {known}")
+        raise ValueError(f"buffer_batchnorm must come before a linear layer, got {which!r}. {known}")
     layer = linear[name]
     if "buffer" in layer._modules:
         return

@@ -1,6 +1,6 @@
-"""Activation functions that a module's own code calls: finding the calls in the source of its methods.
+"""Find the calls of activation functions in the source of a module's methods.
 
-The source is read, and not run; it counts only where it is that of the running code.
+The source is parsed, never executed, and is used only if it compiles to the running code.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lightning_noisy.nn import registry
 from lightning_noisy.replacement.source import UnreadError, source_of
 
 __all__ = ["Call", "InPlace", "calls_of", "own_class", "plain_module"]
-NAME = "activation_calls"  # of the child with the modules
+NAME = "activation_calls"  # the child that holds the modules of redirected calls
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
-# Functions that torch has for its activation modules, with their names and whether they work in place.
+# The functional forms of torch's activation modules, with their names and whether they work in place.
 FUNCTIONS: dict[object, tuple[str, bool]] = {
     getattr(space, name + suffix): (name, bool(suffix))
     for name in registry.PLAIN
-    if name != "prelu"  # whose weight is passed to it
+    if name != "prelu"  # takes its weight as an argument
     for space in (F, torch)
     for suffix in ("", "_")
     if hasattr(space, name + suffix)
@@ -49,15 +49,15 @@ class Call:
     """One call in the source of a module's class.
 
     Attributes:
-        method: name of the method that it is in.
+        method: name of the method that contains the call.
         position: first line and column, last line and column; lines are counted from the method's first.
-        key: ``"relu#0"`` for the first call of a ReLU; the child's name for the use of a child, ``"relu"``, and
-            ``"relu#2"`` for its second use.
+        key: ``"relu#0"`` for the first call of a ReLU; for calls of a child, its name, such as ``"relu"``, and
+            ``"relu#2"`` for the second call.
         kind: ``"function"``, ``"method"``, ``"inline"`` or ``"module"``.
         function: plain name of the function.
-        in_loop: whether one pass may come by several times.
+        in_loop: whether one forward pass may execute the call several times.
         child: name of the child that is called, for the kind ``"module"``.
-        plain: what the call computes, as a module; None for a child, or where that can't be read.
+        plain: a module equivalent to the call; None for a child, or if the arguments can't be resolved.
     """
 
     method: str
@@ -71,12 +71,12 @@ class Call:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, as it was written."""
+    """The class of a module, before its forward was rewritten."""
     return cast(type[nn.Module], getattr(type(module), "_original_class", type(module)))
 
 
 def method_of(cls: type, name: str) -> FunctionType | None:
-    """A method that is somebody's own, without its decorators."""
+    """A method without its decorators, or None if it is from torch, Lightning or this package."""
     found = inspect.getattr_static(cls, name, None)
     if isinstance(found, (staticmethod, classmethod, property)):
         return None
@@ -90,17 +90,17 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[li
     """The calls of activation functions, and of children that are activations, in the code of a module's class.
 
     Args:
-        owner: any module. Nothing of it is run.
-        name_of: the plain name of the function of a module or of a function that is held, if it is an activation.
+        owner: any module; its code is not run.
+        name_of: maps a module, or a function held as an attribute, to the plain name of its activation, or None.
 
     Returns:
-        The calls in the order of the source, from ``forward`` on (or from Lightning's steps) through the methods that
-        it calls; and for what could not be read the reasons.
+        The calls in source order, from ``forward`` and Lightning's steps on through the methods that these call; and
+        the reasons for what could not be resolved.
     """
     cls, found, reasons = own_class(owner), list[Call](), list[str]()
     if "forward" in owner.__dict__ or isinstance(owner, fx.GraphModule):
         if not f"{cls.__module__}.".startswith(_FOREIGN) or isinstance(owner, fx.GraphModule):
-            reasons.append("its forward is made when it runs, and is not the one of its class")
+            reasons.append("its forward is made when it runs, and is not that of its class")
         return found, reasons
     counts: dict[str, int] = {}
     waiting, seen = [name for name in ENTRIES if hasattr(cls, name)], set[str]()
@@ -144,7 +144,7 @@ class _Reader(ast.NodeVisitor):
         self.name_of = name_of
         self.owner, self.function, self.name, self.counts = owner, function, name, counts
         self.self_name = function.__code__.co_varnames[0]
-        # Also of the functions inside: a name that is a variable anywhere is not taken for a global one.
+        # Includes nested functions: a name that is a variable anywhere is not resolved as a global.
         tree, self.first = source_of(function)
         nodes = list(ast.walk(tree))
         self.local = {node.arg for node in nodes if isinstance(node, ast.arg)}
@@ -167,7 +167,7 @@ class _Reader(ast.NodeVisitor):
         self._in_loop(node)
 
     def visit(self, node: ast.AST) -> None:
-        """Visit a node; of a comprehension or a lambda as of a loop."""
+        """Visit a node; a comprehension or a lambda counts as a loop."""
         if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)):
             self._in_loop(node)
         else:
@@ -190,11 +190,11 @@ class _Reader(ast.NodeVisitor):
         self.loops -= nested
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        """Follow what is called, or passed on to be called."""
+        """Follow methods that are called, or passed on to be called."""
         self.generic_visit(node)
         own = _attribute_of(node, self.self_name)
         if own is not None:
-            if own.startswith("__") and not own.endswith("__"):  # private: Python adds the class's name
+            if own.startswith("__") and not own.endswith("__"):  # private: Python mangles the name
                 own = f"_{self.function.__qualname__.split('.')[-2].lstrip('_')}{own}"
             found = inspect.getattr_static(own_class(self.owner), own, None)
             if isinstance(found, (staticmethod, classmethod)):
@@ -207,7 +207,7 @@ class _Reader(ast.NodeVisitor):
             self._mention(node, node.attr)
 
     def visit_Name(self, node: ast.Name) -> None:
-        """Note an activation that is mentioned by its name."""
+        """Record an activation that is mentioned by its name."""
         if node.id in _NAMES and isinstance(node.ctx, ast.Load) and node.id not in self.local:
             self._mention(node, node.id)
 
@@ -240,7 +240,7 @@ class _Reader(ast.NodeVisitor):
             cls, inner = self._resolve(node.func.func), node.func
             if inspect.isclass(cls) and cls in _MODULES:
                 self._add_function(node, "inline", _MODULES[cls], False, inner.args, inner.keywords)
-        elif isinstance(known, nn.Module) and len(node.args) == 1 and not node.keywords:  # one outside of all modules
+        elif isinstance(known, nn.Module) and len(node.args) == 1 and not node.keywords:  # outside the module tree
             if function := self.name_of(known):
                 count = self.counts[function] = self.counts.get(function, -1) + 1
                 self._add(node, f"{function}#{count}", "inline", function, plain=copy.copy(known))
@@ -256,7 +256,7 @@ class _Reader(ast.NodeVisitor):
             self._add_function(node, "method", name, inplace, [])
 
     def _name_helper(self, name: str, function: Any) -> None:
-        """Name a function that is no method of the module, and mentions activations."""
+        """Report a function that is not a method of the module and mentions activations."""
         function = inspect.unwrap(function)
         if isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(_FOREIGN):
             mentioned = sorted(set(function.__code__.co_names) & _NAMES)
@@ -264,7 +264,7 @@ class _Reader(ast.NodeVisitor):
                 self.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: make it a method, or a module")
 
     def _inherited(self, name: str) -> None:
-        """Name what a class above does in a method that is extended here."""
+        """Report activations in a base class's method that is called through ``super()``."""
         mro = own_class(self.owner).__mro__
         defining = next((i for i, cls in enumerate(mro) if cls.__dict__.get(self.name) is not None), 0)
         above = next((cls for cls in mro[defining + 1 :] if name in cls.__dict__), None)
@@ -291,7 +291,7 @@ class _Reader(ast.NodeVisitor):
                 if each.arg != "input"
             }
             if name == "rrelu" and kind == "function":
-                raise UnreadError("whether it draws is an argument, and no state of a module")
+                raise UnreadError("whether it draws is an argument, not the state of a module")
             inplace = bool(options.pop("inplace", False)) or inplace
             plain = plain_module(name, *map(self._value, arguments), inplace=inplace, **options)
         except (UnreadError, TypeError, ValueError):
@@ -303,7 +303,7 @@ class _Reader(ast.NodeVisitor):
         self.calls.append(Call(self.name, position_of(node, self.first), key, kind, function, self.loops > 0, **more))
 
     def _resolve(self, node: ast.expr) -> Any:
-        """What an expression of names and attributes stands for, if that is no local variable."""
+        """The object that names and attributes resolve to, unless they start from a local variable."""
         if isinstance(node, ast.Name):
             if node.id in self.local:
                 return _UNKNOWN
@@ -316,7 +316,7 @@ class _Reader(ast.NodeVisitor):
         return _UNKNOWN
 
     def _value(self, node: ast.expr) -> Any:
-        """A literal, or what a plain attribute of the module or a variable from outside is now."""
+        """The value of a literal, or the current value of an attribute of the module or of a nonlocal variable."""
         attribute = _attribute_of(node, self.self_name)
         value = self._resolve(node) if attribute is None else getattr(self.owner, attribute, None)
         if isinstance(value, (bool, int, float, str)):
@@ -331,7 +331,7 @@ _UNKNOWN, _UNKNOWN_ATTRIBUTE = object(), object()
 
 
 class InPlace(nn.Module):
-    """Writes the output of an activation, whose class can't do so itself, into the input."""
+    """Writes the output of an activation into its input, for classes without an ``inplace`` option."""
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ class InPlace(nn.Module):
 
 
 def plain_module(name: str, *arguments: Any, inplace: bool = False, **options: Any) -> nn.Module:
-    """The module of torch that computes what a function does with these arguments."""
+    """The torch module that is equivalent to a function with these arguments."""
     plain = registry.PLAIN[name](
         *arguments, **options, **({"inplace": True} if inplace and _can_be_in_place(name) else {})
     )
@@ -377,6 +377,6 @@ def _attribute_of(node: ast.expr, name: str) -> str | None:
 
 
 def position_of(node: ast.Call, first: int) -> Position:
-    """The position of a call in a method whose first line has this number."""
+    """The position of a call in a method that starts at line ``first``."""
     last = cast(int, node.end_lineno), cast(int, node.end_col_offset)
     return node.lineno - first, node.col_offset, last[0] - first, last[1]

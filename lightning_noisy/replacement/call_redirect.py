@@ -1,8 +1,8 @@
-"""Redirecting the calls in a module's own code to modules: the module gets a subclass with a rewritten forward.
+"""Redirect the calls in a module's code to modules: the module gets a subclass with a rewritten forward.
 
-The subclass has ``self.activation_calls["relu#0"](x)`` where the source has ``F.relu(x)``; all else stays as it is in
-the source, down to the line numbers of tracebacks. So a call stays with the code that makes it: checkpointing repeats
-it, compilers see it, and nothing is intercepted.
+The subclass calls ``self.activation_calls["relu#0"](x)`` where the source calls ``F.relu(x)``; everything else stays
+the same, including the line numbers of tracebacks. The call stays at its call site: activation checkpointing recomputes
+it, compilers trace it, and nothing is intercepted at run time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = ["CallSites", "redirect_calls"]
 
 
 class CallSites(nn.ModuleDict):
-    """The modules that a module's own calls go to, by the calls' keys.
+    """The modules to which a module's calls are redirected, by call key.
 
-    Where one call is passed several times in a forward pass, each pass has its own: ``"relu#0"``, ``"relu#0@2"``, ...
+    A call that runs several times in one forward pass has one module per execution: ``"relu#0"``, ``"relu#0@2"``, ...
     """
 
     def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
@@ -45,16 +45,16 @@ class CallSites(nn.ModuleDict):
         self._again = False
 
     def restart(self) -> None:
-        """Begin a forward pass."""
+        """Reset the execution counts at the start of a forward pass."""
         self._passes = {}
         self._again = is_recomputing()
 
     def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
-        """The module for the next pass of a call; ``first`` for the first one, if it is not here."""
+        """The module for the next execution of a call; ``first`` is the one for the first, if it isn't stored here."""
         if is_recomputing() and not self._again:
             raise RuntimeError(
-                f"The call {key!r}, which is in a loop, is repeated by checkpointing, and which pass of it this is"
-                " can't be known. Checkpoint the whole module, or give each pass a module of its own before replacing."
+                f"The call {key!r}, which is in a loop, is repeated by checkpointing, so its iteration is unknown."
+                " Checkpoint the whole module, or give each iteration a module of its own before replacing."
             )
         count = self._passes[key] = self._passes.get(key, 0) + 1
         if count == 1:
@@ -63,21 +63,21 @@ class CallSites(nn.ModuleDict):
         if name not in self:
             raise RuntimeError(
                 f"The call {key!r} is passed {count} times in one forward pass, the example inputs showed"
-                f" {count - 1}. Replace the activations with example_inputs that take the longest way."
+                f" {count - 1}. Replace the activations with example_inputs that run it most often."
             )
         return self[name]
 
 
-# What to write in the place of a call: method, position, key, child, whether passes are counted.
+# How to rewrite a call: method, position, key, child, whether executions are counted.
 _Redirected = tuple[str, Position, str, str | None, bool]
 
 
 def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
-    """Let the module's code call modules in the place of functions; of a child's first use in a pass, the child.
+    """Rewrite a module's code to call modules in place of functions; the first call of a child still runs the child.
 
     Args:
-        owner: of the class that the calls were found in.
-        calls: each with its modules, one for each pass of it; for a child's first use those of the further passes.
+        owner: the module whose class contains the calls.
+        calls: each with its modules, one per execution; for the first call of a child, from the second execution on.
 
     Raises:
         UnreadError: if no subclass can be made.
@@ -92,7 +92,7 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) 
             redirected.append((call.method, call.position, call.key, call.child, len(names) > 1))
     cls = own_class(owner)
     if cls is not type(owner) and "_original_class" not in type(owner).__dict__:
-        raise UnreadError("its class was extended after its activations were replaced, as by a parametrization")
+        raise UnreadError("its class was extended after its activations were replaced, such as by a parametrization")
     if redirected:
         if parametrize.is_parametrized(owner):
             raise UnreadError("it is parametrized")
@@ -100,7 +100,7 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) 
             name for method in (*ENTRIES, *(each[0] for each in redirected)) for name in _names_in(cls, method)
         }
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
-            raise UnreadError("it goes through its children, and would meet the new ones")
+            raise UnreadError("it goes through its children, and would also find the new ones")
     owner.__class__ = _subclass(cls, tuple(redirected)) if redirected else cls
     if modules:
         owner.add_module(NAME, CallSites(modules).train(owner.training))
@@ -117,7 +117,7 @@ def _names_in(cls: type, name: str) -> set[str]:
 
 
 def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type[nn.Module]:
-    """A subclass with its calls redirected; the same one for the same, as long as that is in use."""
+    """A subclass with the calls redirected; reused for the same calls as long as it is alive."""
     for known in cls.__subclasses__():
         if known.__dict__.get("_redirected_calls") == redirected:
             return known
@@ -142,13 +142,13 @@ def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type
 
 
 def _new(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> nn.Module:
-    """An empty module of the subclass, for copy and pickle."""
+    """An uninitialized instance of the subclass, for copy and pickle."""
     written = _subclass(cls, redirected)
     return written.__new__(written)
 
 
 class _RewrittenBase:
-    """First base of the subclasses: keeps them from what the class does when it is extended by its users."""
+    """First base of the subclasses: bypasses ``__init_subclass__`` of the user's class."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
@@ -195,7 +195,7 @@ def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, rest
         writer = _Rewriter(self_name, first, here)
         writer.visit(tree)
         if writer.used != set(here):
-            raise UnreadError("its source is not the one that its calls were found in")
+            raise UnreadError("its source is not the one in which its calls were found")
         if restart:
             begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
             docstring = ast.get_docstring(tree, clean=False) is not None
@@ -214,12 +214,12 @@ def _with_kwdefaults(written: FunctionType, function: FunctionType) -> FunctionT
 
 
 def _within(outermost: Any, function: FunctionType, written: FunctionType) -> Any:
-    """The decorated method, with the innermost function exchanged in the closures of its decorators."""
+    """The decorated method, with the innermost function replaced in the closures of its decorators."""
     if outermost is function:
         del written.__wrapped__  # type: ignore[attr-defined]
         return written
     if not isinstance(outermost, FunctionType):
-        raise UnreadError(f"{outermost!r} is no function")
+        raise UnreadError(f"{outermost!r} is not a function")
     cells = []
     found = False
     for cell in outermost.__closure__ or ():
@@ -230,7 +230,7 @@ def _within(outermost: Any, function: FunctionType, written: FunctionType) -> An
         else:
             cells.append(cell)
     if not found:
-        raise UnreadError("its decorator hides it")
+        raise UnreadError("its decorator hides the function")
     args = outermost.__code__, outermost.__globals__, outermost.__name__, outermost.__defaults__, tuple(cells)
     result = _with_kwdefaults(FunctionType(*args), outermost)
     result.__dict__.update(outermost.__dict__)

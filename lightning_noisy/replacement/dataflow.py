@@ -1,7 +1,7 @@
-"""What comes before and after the activations of a model: residual additions, gates, outputs.
+"""The data flow around the activations of a model: residual additions, gates, outputs.
 
-Probes in the places of the activations see it, in one forward pass of the model with example inputs, or without these
-in a symbolic pass of each module whose forward can be traced while its children are leaves.
+Probes replace the activations and record it: in one forward pass of the model with example inputs, or without these in
+a symbolic trace of each module whose forward can be traced with its children as leaves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_noisy.replacement.snapshot import Contents
 
 __all__ = ["BATCH_NORMS", "MOVES", "Probe", "Seen", "call", "observe", "trace"]
 
-# What moves numbers about without changing them.
+# Operations that count as moving elements without changing their values.
 MOVES = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
     torch.dropout, Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous,
@@ -49,15 +49,15 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass
 class Seen:
-    """What was seen of one activation.
+    """What was observed of one activation.
 
     Attributes:
-        after_residual: whether its input is the sum of two branches; None where unknown.
-        is_gate: whether its output is multiplied with another branch; None where unknown.
-        is_output: whether its output is one of the model's; None where unknown.
-        passes: how often one forward pass of its owner comes by; None where unknown.
-        order: number in the order of the first calls; None where unknown.
-        batch_norm: the batch norm whose output it gets, if that is known.
+        after_residual: whether its input is the sum of two branches; None if unknown.
+        is_gate: whether its output is multiplied by another branch; None if unknown.
+        is_output: whether its output is one of the model's; None if unknown.
+        passes: how often one forward pass of its owner calls it; None if unknown.
+        order: its position in the order of the first calls; None if unknown.
+        batch_norm: the batch norm whose output is its input, if known.
     """
 
     after_residual: bool | None = None
@@ -69,7 +69,7 @@ class Seen:
 
 
 class Probe(nn.Module):
-    """Stands in an activation's place, does what it does, and is looked at."""
+    """Stands in for an activation, computes the same, and records its data flow."""
 
     def __init__(self, plain: nn.Module, seen: Seen) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Probe(nn.Module):
 
 @dataclass
 class Unseen:
-    """Calls of a function that no site stands for, in one forward pass."""
+    """Calls of an activation function that belong to no site, in one forward pass."""
 
     owner: str
     function: str
@@ -116,7 +116,7 @@ class _Watch(TorchFunctionMode):
         self._sums: set[int] = set()
         self._origin: dict[int, set[Probe]] = {}
         self._norms: dict[int, nn.Module] = {}
-        self._alive: list[Any] = []  # so that an id is not used again
+        self._alive: list[Any] = []  # so that no id is reused
 
     @contextmanager
     def of(self, probe: Probe, x: Any) -> Iterator[None]:
@@ -218,16 +218,16 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 def observe(
     model: nn.Module, inputs: Any, probes: Mapping[Probe, nn.Module], names: Mapping[nn.Module, str]
 ) -> list[Unseen]:
-    """Run the model once as it is, in its present mode, and leave no trace: not in buffers, nor in random states.
+    """Run the model once in its current mode, and restore what that changes, buffers and random states included.
 
     Args:
-        model: with the probes in place.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        probes: each with its owner.
-        names: of the modules.
+        model: the model, with the probes installed.
+        inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        probes: the probes, each with its owner.
+        names: the paths of the modules.
 
     Returns:
-        Calls of activation functions that no probe stands for.
+        The calls of activation functions that no probe covers.
     """
     watch = _Watch(names)
     owners: dict[nn.Module, list[Probe]] = {}
@@ -241,7 +241,7 @@ def observe(
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of reentrant checkpointing, that there is no gradient
+        warnings.simplefilter("ignore")  # reentrant checkpointing warns that there is no gradient
         for content in contents:
             stack.callback(content.restore)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -271,13 +271,13 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
             self.path_of_module(m)
-        except NameError:  # not registered: what it calls is the owner's own
+        except NameError:  # not registered: traced as part of the owner
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
 
 def trace(owner: nn.Module) -> bool:
-    """Fill in what a symbolic pass of the owner's forward shows of the probes among its children.
+    """Trace the owner's forward symbolically, and record the data flow of the probes among its children.
 
     Returns:
         Whether its forward can be traced.

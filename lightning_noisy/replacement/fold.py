@@ -1,4 +1,4 @@
-"""Taking normalization out of a trained model: its scale and shift go into the layers that follow."""
+"""Fold the normalization of a trained model's activations into the layers that follow."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     r"""Make the normalized activations of a trained model plain again, in place, with the same output in evaluation.
 
-    In evaluation :math:`\hat\delta(x) = s (\delta(x) - \mu)` has constants, and a linear layer or convolution W, b that
-    follows can have them: :math:`W' = s W`, :math:`b' = b - s \mu W 1`. A layer without a bias gets one. One forward
-    pass with the example inputs shows what follows; dropout, reshaping and transposing may come in between. An
-    activation stays where that would not be exact: it or the layer is used several times or otherwise (a branch, the
-    model's output), the layer pads with zeros, the weight is shared. The model is for inference then: what was folded
-    can't be restored by :func:`~lightning_noisy.restore_activations`, and the same replacement leaves it as it is.
+    In evaluation, s and μ of :math:`\hat\delta(x) = s (\delta(x) - \mu)` are constant, and a following linear layer or
+    convolution W, b can absorb them: :math:`W' = s W`, :math:`b' = b - s \mu W 1`. A layer without a bias gets one. One
+    forward pass with the example inputs shows what follows; dropout, reshaping and transposing may come in between. An
+    activation stays normalized if folding would not be exact: it or the layer is used several times or elsewhere (a
+    branch, the model's output), the layer pads with zeros, or the weight is shared. The result is for inference: folded
+    activations can't be restored by :func:`~lightning_noisy.restore_activations`, and the same replacement skips them.
 
     Args:
         model: the model; its training flags are kept.
@@ -47,10 +47,10 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the output for the example inputs is not finite.
-        RuntimeError: if the output is another one afterwards. After any error the model is as before.
+        RuntimeError: if the output would change. After any error the model is as before.
 
     Warns:
-        UserWarning: names the activations that stay, with the reasons.
+        UserWarning: names the activations that stay normalized, with the reasons.
 
     >>> from lightning_noisy import replace_activations
     >>> model = replace_activations(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), "nrelu")
@@ -77,7 +77,7 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
             if not isinstance(layers, str):
                 _fold(model, name, layers, training, undo)
         if not _close(before, call(model, example_inputs)):
-            raise RuntimeError("Folding would change the output: the model does what one forward pass doesn't show.")
+            raise RuntimeError("Folding would change the output: a forward pass doesn't show all that the model does.")
     except BaseException:
         for module, attribute, value in reversed(undo):
             if isinstance(module, _LAYERS):
@@ -91,7 +91,7 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     stay = [f"{name or '(root)'} ({reason})" for name, reason in plans.items() if isinstance(reason, str)]
     if stay:
         message = f"These activations stay normalized: {', '.join(stay)}."
-        warnings.warn(message, UserWarning, stacklevel=3)  # no_grad is in between
+        warnings.warn(message, UserWarning, stacklevel=3)  # skips the frame of no_grad
     return model
 
 
@@ -106,7 +106,7 @@ def _close(before: Any, after: Any) -> bool:
 
 
 class _Uses(TorchFunctionMode):
-    """Observes what becomes of the outputs of a model's normalized activations."""
+    """Observes how the outputs of a model's normalized activations are used."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,14 +145,14 @@ class _Uses(TorchFunctionMode):
         self._alive.clear()
         for reference, name in of:
             if name is not None and reference() is not None:
-                self._reasons.setdefault(name, "something keeps its output")
+                self._reasons.setdefault(name, "its output is stored")
         return output
 
     def _follow(self, output: Tensor, name: str) -> None:
         site = self.sites[name]
         self._calls[site] = self._calls.get(site, 0) + 1
         self._origin[id(output)] = name
-        self._alive.append(output)  # so that its id is not used again
+        self._alive.append(output)  # so that its id is not reused
 
     def _enter(self, layer: nn.Module, _: Any) -> None:
         self._calls[layer] = self._calls.get(layer, 0) + 1
@@ -177,7 +177,7 @@ class _Uses(TorchFunctionMode):
         return result
 
     def plan(self, name: str) -> list[nn.Module] | str:
-        """The layers that take in the site's constants, or why none can."""
+        """The layers that absorb the site's scale and shift, or the reason why none can."""
         site, layers = self.sites[name], self._layers[name]
         if any(getattr(site, name) for name in HOOKS):
             return "it has hooks"
@@ -190,7 +190,7 @@ class _Uses(TorchFunctionMode):
         if name == "" or not layers:
             return "no linear layer or convolution follows"
         if _plain(site) is None:
-            return f"{site.function!r} is no module"
+            return f"{site.function!r} is not a module"
         for layer in layers:
             weight = layer._parameters.get("weight")
             if type(layer) not in _LAYERS or weight is None:
@@ -227,7 +227,7 @@ def _fold(
     training: dict[nn.Module, bool],
     undo: list[tuple[nn.Module, str, Any]],
 ) -> None:
-    """Fold one site into its layers; adds to ``undo`` what is to be set to undo it, before it changes."""
+    """Fold one site into its layers; append to ``undo`` the value that each change replaces, before it."""
     owner_name, _, attribute = name.rpartition(".")
     owner, site = model.get_submodule(owner_name), model.get_submodule(name)
     assert isinstance(site, NormalizedActivation)
@@ -243,7 +243,7 @@ def _fold(
     plain = _plain(site)
     assert plain is not None
     training[plain] = training[site]
-    if (origin := Origin.of(site)) is not None:  # the same replacement leaves it, and can't be undone
+    if (origin := Origin.of(site)) is not None:  # the same replacement skips it; restoring it raises
         replace(origin, folded=True).leave(plain)
     undo.append((owner, attribute, site))
     setattr(owner, attribute, plain)

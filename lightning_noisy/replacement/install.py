@@ -1,4 +1,4 @@
-"""Putting modules into the places of activations."""
+"""Install modules at activation sites."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["place"]
 
 
 def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module], record: Record) -> None:
-    """Put modules into the places of sites.
+    """Install modules at sites.
 
     Args:
-        model: whose sites they are.
-        sites: all of them.
-        made: by the site's name the module for it.
-        record: of what was there before.
+        model: the model that has the sites.
+        sites: all sites of the model.
+        made: the new modules, by site name.
+        record: stores what was there before.
     """
     by_owner: dict[str, list[ActivationSite]] = {}
     for site in sites:
@@ -35,7 +35,7 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
             if site.name in made and is_child:
                 record.set_module(model, owner, site.key, made[site.name])
                 if isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):
-                    # In evaluation its fused kernel would go on computing the ReLU or GELU of its construction.
+                    # In evaluation its fused kernel would still compute the ReLU or GELU that it was constructed with.
                     record.set_attribute(model, owner, "activation_relu_or_gelu", 0)
     for name, module in model.named_modules():
         if (
@@ -43,7 +43,7 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
             and module.__dict__.get("use_nested_tensor")
             and not all(getattr(layer, "activation_relu_or_gelu", 1) for layer in module.layers)
         ):
-            record.set_attribute(model, name, "use_nested_tensor", False)  # a layout for that kernel alone
+            record.set_attribute(model, name, "use_nested_tensor", False)  # a layout that only this kernel uses
 
 
 def _is_first(site: ActivationSite) -> bool:
@@ -51,7 +51,7 @@ def _is_first(site: ActivationSite) -> bool:
 
 
 def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Mapping[str, nn.Module]) -> None:
-    """Let the calls of one module's code go to their modules."""
+    """Redirect the calls in one module's code to their modules."""
     owner = model.get_submodule(path)
     present = owner._modules.get(NAME)
     sent = set(present) if isinstance(present, CallSites) else set()
@@ -59,9 +59,9 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
     for site in sites:
         if site.call is not None:
             groups.setdefault(site.call.key, []).append(site)
-    # Where one use of a child changes, the others must not follow.
+    # If one call of a child is replaced, its other calls must keep their module.
     changed = {site.call.child for site in sites if site.call is not None and site.name in made} - {None}
-    # A child whose first use is replaced hands its hooks to the replacement, and its other uses get copies of them.
+    # If the first call of a child is replaced, the replacement takes its hooks; other calls get copies of them.
     replaced = [owner._modules.get(site.key) for site in sites if site.name in made and _is_first(site)]
     left = {child: _with_own_hooks(child) for child in replaced if child is not None}
     calls: list[tuple[Call, list[nn.Module]]] = []
@@ -85,7 +85,7 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
 
 
 def _own(site: ActivationSite, owner: nn.Module, left: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A module for a call that stays as it is."""
+    """The module for a call that is not replaced."""
     assert site.module is not None
     if site.number == 1:
         return left.get(site.module, site.module)
@@ -93,7 +93,7 @@ def _own(site: ActivationSite, owner: nn.Module, left: Mapping[nn.Module, nn.Mod
 
 
 def _with_own_hooks(module: nn.Module) -> nn.Module:
-    """A shallow copy: the same parameters, and hooks that are its own from now on."""
+    """A shallow copy: it shares the parameters, but has its own hook dictionaries."""
     other = copy.copy(module)
     for name in HOOKS:
         setattr(other, name, copy.copy(getattr(other, name)))

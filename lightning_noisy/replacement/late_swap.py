@@ -1,4 +1,4 @@
-"""Noticing that an optimizer was made before the activations were replaced, and misses the new parameters."""
+"""Warn of an optimizer that was made before the activations were replaced, and misses the new parameters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["watch"]
 
 
 def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Warn at the first step of an optimizer of a model that was made before its new modules, and misses them.
+    """Warn at the first step of an optimizer that was made before the model's new modules, and misses their parameters.
 
-    An optimizer that is made afterwards has the parameters that its user chose.
+    An optimizer that is made later is not checked: it has the parameters that its user chose.
     """
     new = {parameter for module in modules for parameter in module.parameters()}
     if not new:
@@ -28,12 +28,12 @@ def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     look = _Look(model, new)
     for optimizer in _optimizers():
         if not _trained([optimizer]).isdisjoint(before):
-            with suppress(AttributeError):  # of wrappers without hooks: what they wrap has them
+            with suppress(AttributeError):  # a wrapper without hooks: the inner optimizer has them
                 optimizer.register_step_post_hook(look)
 
 
 class _Look:
-    """One look at each new parameter, after the first step of an optimizer at which it has a gradient."""
+    """Checks each new parameter once: after the first optimizer step at which it has a gradient."""
 
     def __init__(self, model: nn.Module, new: Iterable[nn.Parameter]) -> None:
         self.model = weakref.ref(model)
@@ -52,7 +52,7 @@ class _Look:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         warnings.warn(
             f"{type(optimizer).__name__} trains {type(model).__name__}, but not {', '.join(names[:5])}{more}: it was"
-            " made before the activations were replaced. Replace first, or add what is new by"
+            " made before the activations were replaced. Replace them first, or add the new parameters by"
             " optimizer.add_param_group.",
             UserWarning,
             stacklevel=3,
@@ -60,7 +60,7 @@ class _Look:
 
 
 def _optimizers() -> list[Optimizer]:
-    """All that there are. By their types: objects that pose as others run code of theirs when isinstance asks."""
+    """All optimizers that are alive. Tested by type(): isinstance may run code of proxy objects."""
     return [each for each in gc.get_objects() if issubclass(type(each), Optimizer) and hasattr(each, "param_groups")]
 
 

@@ -19,25 +19,25 @@ from lightning_noisy.nn.normalized import NormalizedActivation
 
 __all__ = ["Origin", "computes", "fingerprint", "written"]
 
-# What says how statistics are followed, or changes during training; not what is computed.
+# Options that control how statistics are updated, or that change during training, but not what is computed.
 _OF_TRAINING = {
-    NoisyActivation: ("c",),  # as it is now
+    NoisyActivation: ("c",),  # its current value
     NormalizedActivation: ("momentum", "bounds", "max_rejections", "learn_alpha", "stride", "synchronized"),
 }
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What put a module into an activation's place; a plain attribute of the module, copied with it.
+    """The replacement that a module comes from; a plain attribute of the module, copied with it.
 
     Attributes:
-        call: fingerprint of ``to`` and of what chose the places.
+        call: fingerprint of ``to`` and of all other options.
         to: fingerprint of ``to``.
-        new: fingerprint of what ``to`` says for the place.
-        site: name of the place.
-        written: what ``to`` says for the place, as a user would write it.
-        options: of a registered name, which its class may not show.
-        folded: whether its normalization is in the next layer's weights.
+        new: fingerprint of what ``to`` gives for the site.
+        site: name of the site.
+        written: what ``to`` gives for the site, as a user would write it.
+        options: the options of a registered name, which its module may not show.
+        folded: whether its normalization was folded into the next layers.
     """
 
     call: str
@@ -52,19 +52,19 @@ class Origin:
 
     @classmethod
     def of(cls, module: nn.Module | None) -> Origin | None:
-        """The origin of a module, or None if it is none of a replacement's."""
+        """The origin of a module, or None if it doesn't come from a replacement."""
         return None if module is None else module.__dict__.get(cls._attribute)
 
     def leave(self, module: nn.Module) -> None:
-        """Note it on a module."""
+        """Store it on a module."""
         module.__dict__[self._attribute] = self
 
 
 def fingerprint(thing: Any, _known: dict[int, tuple[Any, str]] | None = None) -> str:
-    """Equal for what means the same, also in another process: what was defined anew by the same source is the same.
+    """A string that is equal for equal content, also across processes and if the same source defines it again.
 
-    Functions count by code, defaults, closure and the plain globals that they read; classes by name and methods;
-    modules by class, options and children, of the user's own classes without the children, which may be what is
+    Functions are compared by code, defaults, closure and the plain globals that they read; classes by name and methods;
+    modules by class, options and children, but without children for the user's own classes, where these may be what is
     replaced; tensors by value; other objects by class and attributes.
     """
     if isinstance(thing, (str, int, float, complex, type(None), torch.dtype, torch.device)):
@@ -73,7 +73,7 @@ def fingerprint(thing: Any, _known: dict[int, tuple[Any, str]] | None = None) ->
         return _digest(thing)
     known = {} if _known is None else _known
     if id(thing) not in known:
-        known[id(thing)] = thing, "..."  # where it is inside itself, as a recursive function
+        known[id(thing)] = thing, "..."  # if it contains itself, as a recursive function does
         parts = _parts(thing, functools.partial(fingerprint, _known=known))
         known[id(thing)] = thing, _digest(repr(parts).encode())
     return known[id(thing)][1]
@@ -130,7 +130,7 @@ def _cell(cell: types.CellType) -> Any:
 
 
 def _globals(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The globals that a code may read, those that are made within it included."""
+    """The globals that a code object may read, those of nested code objects included."""
     yield from ((name, names[name]) for name in code.co_names if name in names)
     for each in code.co_consts:
         if isinstance(each, types.CodeType):
@@ -138,7 +138,7 @@ def _globals(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Whether a global is data, a function or a class; others may be anything, and change while they are used."""
+    """Whether a global is data, a function or a class; other objects may change while they are used."""
     if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.FunctionType, functools.partial)):
         return True
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -162,9 +162,9 @@ def _is_library(module: str | None) -> bool:
 
 
 def computes(module: nn.Module) -> str:
-    """What a module computes: its class and the options that matter to the output, those of its children included.
+    """What a module computes: its class and the options that affect the output, those of its children included.
 
-    Only torch's classes and this package's have their options in it: what others print may be anything.
+    Only classes of torch and of this package include their options: the repr of others may contain anything.
     """
     options = ""
     if type(module).__module__.startswith(("torch.", "lightning_noisy.")):

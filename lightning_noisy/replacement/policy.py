@@ -18,17 +18,17 @@ from lightning_noisy.replacement.sites import GATE_OR_OUTPUT, ActivationSite, Ac
 
 __all__ = ["New", "Policy", "Replacement", "Rule", "check_replacement"]
 
-# What a site may be replaced with, and what `replace_activations` takes: also a mapping from a plain function's name.
-# The order is the one in which a LightningCLI tries them: a dict must not be taken for a callable's arguments.
+# What a site may be replaced with. `replace_activations` also takes a mapping from plain functions' names.
+# LightningCLI tries the types in this order: a dict must not be taken for a callable's arguments.
 New = type[nn.Module] | str | Callable[[ActivationSite], nn.Module]
 Replacement = type[nn.Module] | Mapping[str, New] | str | Callable[[ActivationSite], nn.Module]
 
-# Which sites are meant: a pattern of names, a class of modules, a predicate, or several of them.
+# Selects sites: a name pattern, a module class, a predicate, or several of them.
 Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]
 
 
 def check_replacement(to: Replacement) -> None:
-    """Raise a TypeError or a ValueError unless ``to`` is something that activations can be replaced with."""
+    """Raise a TypeError or a ValueError unless activations can be replaced with ``to``."""
     if isinstance(to, Mapping):
         for old, new in to.items():
             registry.check_name(old, registry.PLAIN, what="the name of a plain activation function")
@@ -45,17 +45,17 @@ def check_replacement(to: Replacement) -> None:
     elif not callable(to):
         raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got {to!r}.")
     elif getattr(to, "__name__", None) in registry.PLAIN and not inspect.isclass(to):
-        raise TypeError(f"to is a function of tensors, {to!r}. Pass its name, {to.__name__!r}, in its place.")
+        raise TypeError(f"to is a function of tensors, {to!r}. Pass its name, {to.__name__!r}, instead.")
     elif inspect.isclass(to) and not issubclass(to, nn.Module):
         raise TypeError(f"to must be a name, a mapping, an nn.Module class or a callable, got the class {to!r}.")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is to be replaced with what: the options of :func:`~lightning_noisy.replace_activations`.
+    """The options of :func:`~lightning_noisy.replace_activations`: what is replaced with what.
 
     Raises:
-        TypeError: if ``to`` is nothing to replace activations with, or an option has another type than it may have.
+        TypeError: if activations can't be replaced with ``to``, or an option is of the wrong type.
         ValueError: if a name or an option is unknown.
     """
 
@@ -89,7 +89,7 @@ class Policy:
 
     @functools.cached_property
     def call(self) -> str:
-        """Fingerprint of what is replaced with what, by which rules."""
+        """Fingerprint of all options."""
         return fingerprint([getattr(self, each.name) for each in fields(self)])
 
     @functools.cached_property
@@ -98,9 +98,9 @@ class Policy:
         return fingerprint(self.to)
 
     def chosen(self, model: nn.Module, sites: ActivationSites, later: Collection[str] = ()) -> dict[str, New | None]:
-        """By the names of the sites what they are replaced with; None where this very policy has done it already.
+        """The replacements of the chosen sites, by site name; None if an equal policy has replaced the site already.
 
-        Those that are there by a policy whose ``call`` is in ``later`` stay.
+        Sites replaced by a policy whose ``call`` is in ``later`` are skipped.
         """
         chosen: dict[str, New | None] = {}
         for site in sites:
@@ -117,12 +117,12 @@ class Policy:
         return chosen
 
     def keeps(self, model: nn.Module, site: ActivationSite, new: New | None) -> bool:
-        """Whether a site has its module because of ``new``, or of the same ``to``: it keeps what it has learned."""
+        """Whether a site keeps its module, trained as it is, since it comes from ``new`` or the same ``to``."""
         origin = _origin(model, site)
         return new is None or (origin is not None and (origin.to == self.of_to or origin.new == fingerprint(new)))
 
     def choose(self, site: ActivationSite) -> New | None:
-        """What the site is replaced with, or None if it stays."""
+        """What the site is replaced with, or None if it isn't replaced."""
         if site.kind == "recurrent" or (site.after_residual and not self.after_residual):
             return None
         if self.include is not None and not _matches(site, self.include):
@@ -136,12 +136,12 @@ class Policy:
             return None
         if site.is_gate and not self.gates:
             return None
-        # A function without a name here may be anything.
+        # An unknown function may be a gate or an output.
         may_be_either = (site.function in GATE_OR_OUTPUT or site.function not in registry.PLAIN) and site.name != ""
         return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
 
     def unmatched(self, sites: ActivationSites) -> Iterator[str]:
-        """Of each pattern of names that no site has, what to say of it."""
+        """A message for each name pattern that matches no site."""
         for option, rule in (("include", self.include), ("exclude", self.exclude)):
             for pattern in _patterns(rule):
                 if not any(_matches(site, pattern) for site in sites):
@@ -160,7 +160,7 @@ def _check_rule(option: str, rule: Rule | None) -> None:
 
 
 def _origin(model: nn.Module, site: ActivationSite) -> Origin | None:
-    """Where a site's module comes from, or the module that it is a part of."""
+    """The origin of a site's module, or of the innermost module around it that has one."""
     path = site.owner.split(".") if site.owner else []
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     return next((origin for each in (site.module, *around) if (origin := Origin.of(each)) is not None), None)

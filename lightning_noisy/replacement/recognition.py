@@ -1,4 +1,4 @@
-"""Which modules and functions are activations, and of which function."""
+"""Recognize modules and functions that are activations, and which function they compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def held_function(value: object) -> tuple[str, nn.Module] | None:
-    """Name and module of a function that is held as an attribute."""
+    """Name and equivalent module of an activation function held as an attribute, or None."""
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = {}
     if isinstance(value, functools.partial):
@@ -36,7 +36,7 @@ def held_function(value: object) -> tuple[str, nn.Module] | None:
 
 
 def held_activations(value: object) -> str:
-    """What activations a plain container holds."""
+    """The names of the activations in a plain container."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     if not isinstance(items, Iterable) or len(items) > 1000:
         return ""
@@ -52,10 +52,10 @@ _GRID = torch.linspace(-4, 4, 64)
 
 
 def _foreign_function(module: nn.Module) -> str | None:
-    """The name of the function of an activation module of another library, or of one's own; None if it is none.
+    """The name of the function of an activation module from outside torch; None if it isn't one.
 
-    That is a module without children, parameters and buffers whose forward takes one tensor, and computes something
-    elementwise that is no straight line.
+    It is one if it has no children, parameters or buffers, and its forward takes one tensor and computes an elementwise
+    function that is not affine.
     """
     space = f"{type(module).__module__}."
     if space.startswith(("torch.", "lightning_noisy.")) or module._modules or module._parameters or module._buffers:
@@ -84,7 +84,7 @@ def _foreign_function(module: nn.Module) -> str | None:
 
 
 def function_of(module: Any) -> str | None:
-    """The name of the function that a module, or a function held as an attribute, applies; None if it has none."""
+    """The plain name of a module, or of a function held as an attribute, if it is an activation; else None."""
     if not isinstance(module, nn.Module):
         held = held_function(module)
         return held[0] if held else None

@@ -1,4 +1,4 @@
-"""What was replaced with what in a model: kept with it, and with the weights that it saves."""
+"""The record of a model's replacements: stored on the model, and in the metadata of its state dict."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ __all__ = [
     "saved_sites",
 ]
 
-# Under this key the metadata of a state_dict says what was replaced, as the version of a module is there.
+# The key of the replacements in the metadata of a state dict, beside the version of each module.
 KEY = "lightning_noisy.activations"
 
-# A key among the weights in Lightning's checkpoints, so that the error of loading them into a model without
-# replacements shows it, on lines of its own.
+# An extra key in the state dict of Lightning's checkpoints: the error of loading it into a model without replacements
+# lists the key, on lines of its own.
 MARKER = """
 
     The activations of the model that wrote this checkpoint were replaced, and those of this model are not.
@@ -50,14 +50,14 @@ _CHECKPOINT = "on_save_checkpoint"
 
 
 class _Missing:
-    """Stands for nothing, also in a copy."""
+    """Marks a missing attribute, also in a copy."""
 
 
 class Record:
-    """What was in the places before the first replacement; a plain attribute of the model, copied with it.
+    """What was at the sites before the first replacement; a plain attribute of the model, copied with it.
 
     Attributes:
-        history: the replacements in their order, each what :func:`replace_activations` needs to do it again.
+        history: the replacements in order, each with what :func:`replace_activations` needs to repeat it.
     """
 
     _attribute = "_activations_before"
@@ -71,10 +71,10 @@ class Record:
 
     @classmethod
     def of(cls, model: nn.Module, *, existing: bool = False) -> Record:
-        """The model's record, or a new one.
+        """A copy of the model's record, or a new one.
 
         Raises:
-            ValueError: if there is to be one and is none.
+            ValueError: if there is none, and ``existing`` is set.
         """
         if cls._attribute not in model.__dict__:
             if existing:
@@ -89,7 +89,7 @@ class Record:
         return other
 
     def add(self, made: Mapping[str, nn.Module], policy: Policy) -> None:
-        """Note what a call of ``replace_activations`` has put where."""
+        """Record what a call of ``replace_activations`` has installed at which sites."""
         to = policy.to
         names = isinstance(to, str) or (isinstance(to, Mapping) and all(isinstance(new, str) for new in to.values()))
         plain = (dict(to) if isinstance(to, Mapping) else to) if names else None
@@ -99,24 +99,24 @@ class Record:
             module.register_load_state_dict_pre_hook(_drop_marker)
 
     def keep(self, model: nn.Module) -> None:
-        """Leave the record with the model."""
+        """Store the record on the model."""
         if self._attribute not in model.__dict__:
             self.add_hook(model.register_state_dict_post_hook(_save))
             self.add_hook(model.register_load_state_dict_pre_hook(_load))
-            # Of a LightningModule, which is called last, and with save_weights_only=True, too.
+            # The hook of a LightningModule is called last, and also with save_weights_only=True.
             if callable(getattr(model, _CHECKPOINT, None)):
                 own = model.__dict__.get(_CHECKPOINT)
                 self.set_attribute(model, "", _CHECKPOINT, functools.partial(_save_checkpoint, model, own))
         model.__dict__[self._attribute] = self
 
     def saved(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The history as plain data; what was folded since is plain again."""
+        """The history as plain data, without the sites that were folded since."""
         folded = {origin.site for _, origin in folded_in(model)}
         history = [{**each, "sites": [name for name in each["sites"] if name not in folded]} for each in self.history]
         return [each for each in history if each["sites"]]
 
     def set_module(self, model: nn.Module, owner: str, key: str, module: nn.Module) -> None:
-        """Register a child, in place of what has its name."""
+        """Register a child, and record what it replaces."""
         within = model.get_submodule(owner)
         self._modules.setdefault((owner, key), within._modules.get(key))
         if key in within.__dict__:
@@ -124,13 +124,13 @@ class Record:
         within._modules[key] = module
 
     def set_attribute(self, model: nn.Module, owner: str, key: str, value: Any) -> None:
-        """Set a plain attribute."""
+        """Set a plain attribute, and record what it replaces."""
         within = model.get_submodule(owner)
         self._attributes.setdefault((owner, key), within.__dict__.get(key, _Missing))
         within.__dict__[key] = value
 
     def add_hook(self, handle: Any) -> None:
-        """Remember to remove a hook."""
+        """Record a hook that is to be removed."""
         self._hooks.append(handle)
         self._new.append(handle)
 
@@ -140,17 +140,17 @@ class Record:
             handle.remove()
 
     def undo(self, model: nn.Module) -> None:
-        """Put everything back, and forget it."""
+        """Restore everything, and delete the record."""
         sent = [module for module in model.modules() if isinstance(module._modules.get(NAME), CallSites)]
         if changed := [type(module).__name__ for module in sent if "_original_class" not in type(module).__dict__]:
             raise ValueError(
-                f"The class of {', '.join(changed)} was extended after its activations were replaced, as by a"
-                " parametrization. Take that off first."
+                f"The class of {', '.join(changed)} was extended after its activations were replaced, such as by a"
+                " parametrization. Remove that first."
             )
         if folded := [path for path, _ in folded_in(model)]:
             raise ValueError(
                 f"fold_normalization has put the normalization of {', '.join(folded)} into the weights of the next"
-                " layers, which don't suit the activations of before any more. Restore before folding, or a copy."
+                " layers, which no longer fit the earlier activations. Restore before folding, or fold a copy."
             )
         for module in sent:
             redirect_calls(module, [])
@@ -163,7 +163,7 @@ class Record:
                 values = [] if present is None else [*present.parameters(), *present.buffers()]
                 if (like := next((each for each in values if each.is_floating_point()), None)) is not None:
                     before.to(like.device, like.dtype)
-                if isinstance(present, BATCH_NORMS) and isinstance(before, BATCH_NORMS):  # the one without weights
+                if isinstance(present, BATCH_NORMS) and isinstance(before, BATCH_NORMS):  # a stripped one
                     before._buffers.update(present._buffers)
                 within._modules[key] = before.train(within.training)
             else:
@@ -184,13 +184,13 @@ def records_of(model: nn.Module) -> dict[str, Record]:
 
 
 def folded_in(model: nn.Module) -> list[tuple[str, Origin]]:
-    """The modules of a model whose normalization is in the next layers, with their paths."""
+    """The modules of a model whose normalization was folded into the next layers, with their paths."""
     origins = ((path, Origin.of(module)) for path, module in model.named_modules())
     return [(path, origin) for path, origin in origins if origin is not None and origin.folded]
 
 
 def replaced_in(model: nn.Module) -> dict[str, list[str]]:
-    """By the paths of the replacements in a model, whoever made them, as what it was written and what it computes."""
+    """How each replacement in a model was written, and what it computes, by its path."""
     origins = ((path, module, Origin.of(module)) for path, module in model.named_modules())
     return {
         path: [origin.written, computes(module) + (f" with {origin.options}" if origin.options else "")]
@@ -200,10 +200,10 @@ def replaced_in(model: nn.Module) -> dict[str, list[str]]:
 
 
 def describe(model: nn.Module, metadata: dict[str, dict[str, Any]], prefix: str = "") -> None:
-    """Add what was replaced with what to the metadata of a state_dict.
+    """Add the replacements to the metadata of a state dict.
 
-    Each module has what is below it, so that it can be compared by whichever of them was passed to
-    ``replace_activations`` in the model that loads it.
+    The entry of each module lists the replacements below it, so that a model that loads it can compare them, whichever
+    module was passed to ``replace_activations`` there.
     """
     for path, what in replaced_in(model).items():
         names = path.split(".")
@@ -217,12 +217,12 @@ def describe(model: nn.Module, metadata: dict[str, dict[str, Any]], prefix: str 
 
 
 def saved_replacements(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the metadata of a state_dict says of the replacements in its model, by the paths of modules."""
+    """The replacements that the metadata of a state dict records, by module path."""
     return {path: each[KEY] for path, each in metadata.items() if KEY in each}
 
 
 def saved_sites(saved: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    """All replacements as in :func:`replaced_in`, of what :func:`saved_replacements` has found."""
+    """The result of :func:`saved_replacements` in the form of :func:`replaced_in`."""
     return {
         f"{path}.{name}" if path else name: what
         for path, each in saved.items()
@@ -231,11 +231,11 @@ def saved_sites(saved: Mapping[str, Any]) -> dict[str, Sequence[str]]:
 
 
 def difference(model: nn.Module, there: Mapping[str, Sequence[str]]) -> str:
-    """What is otherwise than in the model that was saved, as an error says it; empty if nothing is.
+    """The error message if the replacements differ from those of the saved model; empty if they don't.
 
     Args:
-        model: one with replacements.
-        there: the replacements of the other.
+        model: a model with replacements.
+        there: the replacements of the saved model.
     """
     present = replaced_in(model)
     lines = []
@@ -248,11 +248,11 @@ def difference(model: nn.Module, there: Mapping[str, Sequence[str]]) -> str:
     if not lines:
         return ""
     return "\n    ".join([
-        "The activations were replaced otherwise in the model that was saved:",
+        "The activations of the saved model were replaced with other ones:",
         *lines[:10],
         *more,
-        "Replace them as they were there. What fits is loaded with strict=False, by a Trainer with"
-        " strict_loading = False of the model.",
+        "Replace them in the same way. To load only what fits, use strict=False, or with a Trainer set"
+        " strict_loading = False on the model.",
     ])  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def _load(
     # Only the outermost module sees all metadata.
     saved = saved_replacements({"": metadata} if prefix else metadata_of(state_dict) or {})
     if saved and (text := difference(model, saved_sites(saved))):
-        # An error unless loading isn't strict, and what torch says first.
+        # An error if loading is strict, and the first one that torch reports.
         missing.insert(0, f"\n\n    {text}\n\n    ")
 
 
@@ -289,7 +289,7 @@ def _save_checkpoint(model: Any, own: Callable[[Any], None] | None, checkpoint: 
     first = next(iter(replaced_in(model)), None)
     if weights is None or first is None:
         return
-    # With a replacement's own keys, so that wherever it is loaded, that takes it off. Errors name keys in their order.
+    # Under the prefix of a replacement, whose load hook removes it. First, since errors list keys in order.
     marked = OrderedDict({f"{first}.{MARKER}": torch.zeros(()), **weights})
     metadata = metadata_of(weights)
     if metadata is None:  # lost by a callback, such as WeightAveraging, or by a strategy

@@ -1,4 +1,4 @@
-"""Swapping the activations of a model."""
+"""Replace the activations of a model."""
 
 from __future__ import annotations
 
@@ -43,56 +43,56 @@ def replace_activations(
     batchnorm_affine: Literal["keep", "strip"] = "keep",
     buffer_batchnorm: bool | str = False,
 ) -> nn.Module:
-    """Replace the activations of a model, each by a module of its own, in place.
+    """Replace each activation of a model with a module of its own, in place.
 
-    Every call site of :func:`~lightning_noisy.activation_sites` counts: modules, where they are registered and where
-    they are used again, functions, methods, functions held as attributes, modules built in forward. The replacement of
-    a module or an attribute is registered in its place. Calls in code go to a child ``activation_calls`` of the module
-    whose code it is; the module gets a subclass with a rewritten forward. Each replacement takes over training flag,
-    device, hooks and the in-place behaviour; its new parameters have the dtype of their neighbours, and need gradients
-    if those do. Either all sites are changed or, after an error, none. :func:`restore_activations` undoes it. Doing the
-    same twice changes nothing; functions and objects count as the same by their content.
+    All call sites of :func:`~lightning_noisy.activation_sites` count: modules, further calls of the same module,
+    functions, methods, functions held as attributes, modules made in forward. The replacement of a module or an
+    attribute is registered under its name. Calls in code go to a child ``activation_calls`` of the module that contains
+    the code, which gets a subclass with a rewritten forward. Each replacement takes over the training flag, device,
+    hooks and in-place behavior; its new parameters have the dtype of neighboring parameters, and require gradients if
+    those do. Either all sites are changed or, after an error, none. :func:`restore_activations` undoes it. Repeating
+    the same replacement changes nothing; functions and objects are compared by content.
 
     Best called at the end of the model's ``__init__``: its optimizer then has the new parameters, and its checkpoints
-    load as any. Those of a model that was changed from outside load with :func:`lightning_noisy.load_replaced`. A
-    ``state_dict`` says in its metadata what was replaced with what; loading it into a model with other replacements is
-    an error, unless ``strict=False``.
+    load as usual. Those of a model that was changed from outside load with :func:`lightning_noisy.load_replaced`. The
+    metadata of a ``state_dict`` records the replacements; loading it into a model with different ones is an error,
+    unless ``strict=False``.
 
-    A mapping replaces the functions that it names, gates and outputs too. Anything else leaves gates, whose output is
-    multiplied with another branch; sigmoids, tanhs, softplus and the like that are an output, or whose data flow isn't
-    known; and recurrent layers. The noisy names leave functions that don't saturate.
+    A mapping replaces the functions that it names, gates and outputs included. Anything else skips gates, whose output
+    is multiplied by another branch, and sigmoids, tanhs, softplus and the like that are an output, or whose data flow
+    is unknown. Recurrent layers are always skipped. Noisy names skip functions that don't saturate.
 
     Args:
-        model: the model, not yet scripted, sharded or wrapped for data parallelism. Of a compiled one the module inside
-            is changed, and compiled anew. Make its optimizer afterwards: there are new parameters.
-        to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a class of modules, made
-            without arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain
-            functions' names to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
+        model: the model, not yet scripted, sharded or wrapped for data parallelism. If it is compiled, the module
+            inside is changed, and recompiled. Make its optimizer afterwards: there are new parameters.
+        to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a module class, called without
+            arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain functions' names
+            to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: one forward pass then
-            shows the data flow, and how often a loop is passed. Without them what can be traced is used.
+            shows the data flow, and how often each loop runs. Without them, symbolic tracing shows it where it can.
         gates: replace gates, too.
-        outputs: replace the sigmoids and the like that are, or may be, an output or a gate, too.
-        after_residual: replace those right after the addition of two branches, too. (ANAct's authors leave them.)
-        keep_last: so many, called last, stay; >= 0. (3 in the authors' VGG-19.)
-        include: only these: a pattern of names such as ``"layer1.*"``, a class of the modules to be replaced, a
-            function from a site to a bool, or a sequence of them, of which one is to match.
+        outputs: replace sigmoids and the like that are an output, or may be an output or a gate, too.
+        after_residual: replace those directly after the addition of two branches, too. (ANAct's authors skip them.)
+        keep_last: how many of the chosen sites to skip, those called last; >= 0. (3 in the authors' VGG-19.)
+        include: only these: a name pattern such as ``"layer1.*"``, a class of the modules to be replaced, a function
+            from a site to a bool, or a sequence of them, of which one must match.
         exclude: not these.
-        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced site.
-            Untrained ones, 1 and 0, change nothing; otherwise a warning names what is lost.
-        buffer_batchnorm: put a batch norm without weights before the last linear layer, or the one of that name: a
-            child ``buffer`` of it, applied to its input.
+        batchnorm_affine: ``"strip"`` removes weight and bias from each batch norm directly before a replaced site. If
+            they are untrained (1 and 0), this changes nothing; otherwise a warning names what is lost.
+        buffer_batchnorm: insert a batch norm without weight and bias before the last linear layer, or before the named
+            one: as its child ``buffer``, applied to its input.
 
     Returns:
         ``model``, or the replacement if the model itself is an activation module.
 
     Raises:
-        TypeError: if ``model`` is not a module, ``to`` is nothing to replace activations with, or an option has another
-            type than it may have.
-        ValueError: if a name or an option is unknown, or the model can't be changed any more.
+        TypeError: if ``model`` is not a module, activations can't be replaced with ``to``, or an option is of the wrong
+            type.
+        ValueError: if a name or an option is unknown, or the model can no longer be changed.
 
     Warns:
         UserWarning: if nothing was replaced, something could not be resolved, or a pattern matches no activation;
-            at an optimizer's first step, if it was made before and misses the new parameters.
+            at an optimizer's first step, if it was made before the replacement and misses the new parameters.
 
     >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     Sequential(
@@ -107,9 +107,9 @@ def replace_activations(
 def swap(
     model: nn.Module, policy: Policy, example_inputs: Any = None, *, later: Collection[str] = ()
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """Do what :func:`replace_activations` says; also returns what is now in all places that the policy chooses.
+    """Implement :func:`replace_activations`; also return the modules that are now at the chosen sites.
 
-    ``later`` has the ``Policy.call`` of replacements that come afterwards: what they have put into places stays.
+    ``later`` has the ``Policy.call`` of replacements that come afterwards: what they have installed stays.
     """
     _check_replaceable(model)
     news = policy.call, policy.of_to  # before `to` is called, which may change it
@@ -122,7 +122,7 @@ def swap(
     if not chosen:
         _warn_unchanged(inside, sites, policy.to)
         return model, []
-    # One that has another use, which stays, keeps its hooks.
+    # A module that stays at another site keeps its hooks.
     staying = (site.module for site in sites if site.name not in chosen)
     first_replacements = {module: module for module in staying if module is not None}
     there: dict[str, nn.Module] = {}
@@ -156,7 +156,7 @@ def swap(
 
 
 def _put(model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy) -> None:
-    """Put the modules into their places, all or none."""
+    """Install the modules, all or none."""
     snapshot = Snapshot(model)
     record = Record.of(model)
     try:
@@ -174,17 +174,17 @@ def _put(model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], p
 
 
 def restore_activations(model: nn.Module) -> nn.Module:
-    """Undo :func:`replace_activations`: the model has the activations again that it had before the first one.
+    """Undo :func:`replace_activations`: the model gets back the activations from before the first replacement.
 
     Args:
-        model: the model, in place. What other layers have learned stays; so do batch norms that were stripped, with the
-            weights they had.
+        model: the model, changed in place. What other layers have learned stays. Batch norms that were stripped get
+            back the weights that they had.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: if nothing was replaced in it, or its normalization was folded.
+        ValueError: if nothing was replaced in it, its normalization was folded, or its class was extended since.
 
     >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
     >>> restore_activations(model)[1]
@@ -213,13 +213,13 @@ def _check_replaceable(model: object) -> None:
 def _make(
     site: ActivationSite, new: New, model: nn.Module, first_replacements: dict[nn.Module, nn.Module]
 ) -> nn.Module:
-    """The module that takes the site's place: the present one, if it is the same already.
+    """The new module for a site, or the present one if it is the same already.
 
-    ``first_replacements`` has the first replacement of each instance: it inherits the hooks, the others get copies.
+    ``first_replacements`` has the first replacement of each instance: it takes over the hooks, the others get copies.
     """
     assert site.module is not None
     old = site.module
-    # From the owner outwards: the parameters closest to the site.
+    # From the owner outward: the parameters closest to the site.
     path = site.owner.split(".") if site.owner else []
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     neighbours = next((found for module in around if (found := list(module.parameters()))), [])
@@ -227,12 +227,12 @@ def _make(
     inplace = bool(getattr(old, "inplace", False))
     if inplace and not hasattr(module, "inplace"):
         raise ValueError(
-            f"{site.name!r} works in place ({old!r}), {type(module).__name__} does not, and what else reads its"
-            " input would see other values. Build the model with inplace=False."
+            f"{site.name!r} works in place ({old!r}), {type(module).__name__} does not, and other readers of its"
+            " input would see different values. Build the model with inplace=False."
         )
     if module is not old and hasattr(module, "inplace"):
         module.inplace = inplace  # type: ignore[assignment]
-    # Only a name or a class says all about a module; two callables may differ in what no repr shows.
+    # Only a name or a class determines a module; two callables may differ in what no repr shows.
     if module is old or ((isinstance(new, str) or inspect.isclass(new)) and _is_alike(module, old)):
         return old
     if neighbours:
@@ -243,11 +243,11 @@ def _make(
         if not any(parameter.requires_grad for parameter in neighbours):
             module.requires_grad_(False)
     module.train(model.get_submodule(site.owner).training if site.call is not None else old.training)
-    if all(inner is not old for inner in module.modules()):  # else it is still called, hooks and all
+    if all(inner is not old for inner in module.modules()):  # else it is still called, with its hooks
         for name in HOOKS:
             if getattr(module, name) or old in first_replacements:
                 getattr(module, name).update(getattr(old, name))
-            else:  # the very dictionary: handles that users hold go on to remove their hooks
+            else:  # the same dictionary: handles that users hold can still remove their hooks
                 setattr(module, name, getattr(old, name))
         module._is_full_backward_hook = old._is_full_backward_hook
     first_replacements.setdefault(old, module)
@@ -255,7 +255,7 @@ def _make(
 
 
 def _is_alike(module: nn.Module, old: nn.Module) -> bool:
-    """Whether two modules are of the same class and options; c of a noisy one counts as it was at the start."""
+    """Whether two modules have the same class and options; for noisy ones the initial c counts."""
     if isinstance(module, NoisyActivation) and isinstance(old, NoisyActivation):
         if module._first_c != old._first_c:
             return False
@@ -268,12 +268,12 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
     name, options = registry.parse(new) if isinstance(new, str) else ("", {})
     assert site.module is not None
     if name == "normalized":
-        # The function with the site's own options and parameters. A shallow copy, since it may work in place.
+        # The function with the site's own options and parameters. A shallow copy: its ``inplace`` is reset below.
         function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
         if isinstance(function, nn.Module):
             if hasattr(function, "inplace"):
                 function.inplace = False  # type: ignore[assignment]
-            for hooks in (*HOOKS, LOAD_HOOKS):  # they are the new module's
+            for hooks in (*HOOKS, LOAD_HOOKS):  # they belong to the new module
                 setattr(function, hooks, type(getattr(function, hooks))())
         return registry.create(name, function=function, **options)
     if isinstance(new, str):

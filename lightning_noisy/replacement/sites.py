@@ -25,7 +25,7 @@ from lightning_noisy.replacement.snapshot import Snapshot
 
 __all__ = ["ActivationSite", "ActivationSites", "activation_sites", "registered_activations"]
 
-# Functions that gates and output layers are made of.
+# Functions that are used as gates and output layers.
 GATE_OR_OUTPUT = frozenset({"hardsigmoid", "hardtanh", "logsigmoid", "sigmoid", "softplus", "softsign", "tanh"})
 
 
@@ -35,19 +35,19 @@ class ActivationSite:
 
     Attributes:
         name: path of the module, as in ``model.named_modules()``, ``""`` if the model is an activation;
-            ``"layer1.0.relu#2"`` for the second place that calls a module; ``"branch1:relu#0"`` for the first call of a
-            ReLU in the code of ``branch1``; ``"@2"`` is added for the second pass of a call in a loop.
+            ``"layer1.0.relu#2"`` for the second call site of a module; ``"branch1:relu#0"`` for the first call of a
+            ReLU in the code of ``branch1``; ``"@2"`` is appended for the second execution of a call in a loop.
         kind: ``"module"``, ``"function"`` (``F.relu(x)``), ``"method"`` (``x.relu()``), ``"attribute"`` (a function
-            that is held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
+            held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
         function: plain name of the function, such as ``"relu"``.
         owner: path of the module whose forward makes the call.
-        after_residual: whether the input comes straight from the addition of two branches; None where unknown.
-        is_gate: whether the output is multiplied with another branch; None where unknown.
-        is_output: whether the output is one of the model's; None where unknown.
-        order: its number in the order in which they are called, as far as that is known.
-        batch_norm: path of the batch norm whose output it gets; None if there is none, or it isn't known.
-        module: the activation module; for a call one that computes the same, with the values that its arguments have
-            now, which is not part of the model.
+        after_residual: whether the input comes directly from the addition of two branches; None if unknown.
+        is_gate: whether the output is multiplied by another branch; None if unknown.
+        is_output: whether the output is one of the model's; None if unknown.
+        order: its position in the call order, as far as that is known.
+        batch_norm: path of the batch norm whose output is its input; None if there is none, or it is unknown.
+        module: the activation module; for a call, an equivalent module with the current values of its arguments, which
+            is not part of the model.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ActivationSites(list[ActivationSite]):
     """A list of sites that prints as a table.
 
     Attributes:
-        unresolved: what could not be looked into, each with the reason.
+        unresolved: what could not be resolved, each with the reason.
     """
 
     def __init__(self, sites: Iterable[ActivationSite] = (), unresolved: Iterable[str] = ()) -> None:
@@ -81,7 +81,7 @@ class ActivationSites(list[ActivationSite]):
         self.unresolved = list(unresolved)
 
     def __str__(self) -> str:
-        """One line per site below a header; then what could not be looked into."""
+        """One line per site below a header; then what is unresolved."""
         columns = ("name", "kind", "function", "owner", "after_residual", "is_gate")
         rows: list[tuple[str, ...]] = [columns]
         rows += [tuple(str(getattr(site, column)) or "(root)" for column in columns) for site in self]
@@ -93,20 +93,19 @@ class ActivationSites(list[ActivationSite]):
 def activation_sites(model: nn.Module, example_inputs: Any = None) -> ActivationSites:
     """List every place where a model applies an activation function; changes nothing.
 
-    Modules are found in the model's tree, an instance that is registered twice at two places. Calls of functions and
-    methods are found in the source of the modules' classes. With example inputs one forward pass shows what comes
-    before and after each, and how often one is passed; buffers and random states are as before afterwards. Without,
-    each module's forward is traced on its own, as far as that goes.
+    Modules are found in the module tree; an instance that is registered twice is two sites. Calls of functions and
+    methods are found in the source of the modules' classes. With example inputs, one forward pass shows the data flow
+    around each site, and how often it is called; buffers and random states are restored afterwards. Without them, each
+    module's forward is traced symbolically on its own, if possible.
 
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments of the model; by
-        default a
-            LightningModule's ``example_input_array``, if it has one.
+            default a LightningModule's ``example_input_array``, if it has one.
 
     Returns:
-        The sites, in the order of the modules and of their source, or with example inputs in the order in which they
-        are called; prints as a table. ``unresolved`` says what could not be looked into.
+        The sites in the order of the modules and of their source, or with example inputs in call order; prints as a
+        table. Its ``unresolved`` lists what could not be resolved.
 
     Raises:
         TypeError: if ``model`` is not an ``nn.Module``.
@@ -135,8 +134,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
         if example_inputs is None:
             traced = {owner: trace(owner) for owner in dict.fromkeys(probes.values()) if _has_forward(owner)}
             unresolved += [
-                f"{each.name}: it is in a loop that can't be traced, and would have one module for all passes; pass"
-                " example_inputs to have one for each"
+                f"{each.name}: it is in a loop that can't be traced, and would have one module for all iterations;"
+                " pass example_inputs to have one for each"
                 for each in candidates
                 if each.call and each.call.in_loop and each.seen.passes is None and not traced.get(each.owner)
             ]
@@ -156,8 +155,8 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
     finally:
         snapshot.restore()
     unresolved += [
-        f"{each.name}: called {each.seen.passes} times in a pass of its owner, from where its source doesn't show; it"
-        " would have one module for all"
+        f"{each.name}: called {each.seen.passes} times in a forward pass of its owner, at call sites that its source"
+        " doesn't show; it would have one module for all"
         for each in candidates
         if each.function and (each.seen.passes or 0) > 1 and not (each.call and each.call.in_loop)
         if _has_forward(each.owner)
@@ -169,7 +168,7 @@ def activation_sites(model: nn.Module, example_inputs: Any = None) -> Activation
 
 
 def registered_activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of the places whose activations are modules of the model; nothing is run or traced."""
+    """Names and modules of the sites whose activations are modules of the model; nothing is run or traced."""
     if registry.function_name(model) is not None:
         yield "", model
         return
@@ -183,7 +182,7 @@ def registered_activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass
 class _SiteCandidate:
-    """A place before it is known how often it is passed."""
+    """A site before it is known how often it is called."""
 
     path: str
     owner: nn.Module
@@ -231,7 +230,7 @@ class _SiteCandidate:
 
 
 def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) -> Iterator[_SiteCandidate]:
-    """Candidates at and below ``owner``; ``feeds_layer``: owner's output is the input of a next layer."""
+    """Candidates at and below ``owner``; ``feeds_layer``: whether its output is the input of another layer."""
     seen.add(owner)
     if isinstance(owner, torch.jit.ScriptModule):
         yield _SiteCandidate(path, owner, "", "", "", None, reasons=[f"{path or '(root)'}: it is scripted"])
@@ -260,16 +259,16 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
                 f"{path or '(root)'}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
             )
             yield _SiteCandidate(path, owner, "", "", "", None, reasons=[reason])
-    children = list(owner._modules.items())  # named_children() would pass over the second use of an instance
+    children = list(owner._modules.items())  # named_children() would skip an instance's second name
     for index, (key, child) in enumerate(children):
-        if child is None or isinstance(child, (ParametrizationList, CallSites)):  # whose functions are of weights
+        if child is None or isinstance(child, (ParametrizationList, CallSites)):  # parametrizations compute weights
             continue
         name = f"{path}.{key}" if path else key
-        # What follows must be a layer: an output may still be reshaped.
+        # A layer must follow: an output may still be reshaped.
         layer_follows = any(_has_parameters(later) for _, later in children[index + 1 :])
         child_feeds_on = chained and (layer_follows or feeds_layer)
         function_name = function_of(child)
-        if function_name is not None:  # what an activation consists of is no site of its own
+        if function_name is not None:  # the parts of an activation are not sites
             use = uses.pop(key, None)
             others = _others(sent, key)
             yield _SiteCandidate(
@@ -287,7 +286,7 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
             module = owner._modules.get(call.child)
             if module is None and (function := held_function(owner.__dict__.get(call.child))) is not None:
                 module = function[1]
-        # A second use is named like a child, not like a call.
+        # A second call of a child is named like a child, not like a call.
         yield _SiteCandidate(
             path,
             owner,
@@ -302,12 +301,12 @@ def _walk(owner: nn.Module, path: str, feeds_layer: bool, seen: set[nn.Module]) 
 
 
 def _others(sent: dict[str, nn.Module], key: str) -> dict[int, nn.Module]:
-    """The modules of the further passes."""
+    """The modules of a call's second and later executions, by number."""
     return {int(name.rpartition("@")[2]): module for name, module in sent.items() if name.startswith(f"{key}@")}
 
 
 def _put_probes(candidates: list[_SiteCandidate], unresolved: list[str]) -> dict[Probe, nn.Module]:
-    """Let a probe stand at each candidate; returns each with its owner."""
+    """Install a probe at each candidate; return the probes, each with its owner."""
     probes: dict[Probe, nn.Module] = {}
     calls: dict[nn.Module, list[tuple[Call, list[nn.Module]]]] = {}
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""The structure and the state of modules, to be put back."""
+"""Save and restore the structure and the state of modules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Contents", "Snapshot"]
 
 
 class Snapshot:
-    """Remembers classes, children and attributes of the modules of a model. Tensors are not copied."""
+    """Saves classes, children and attributes of the modules of a model. Tensors are not copied."""
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [(each, each.__class__, dict(each.__dict__), dict(each._modules)) for each in model.modules()]
 
     def restore(self) -> None:
-        """Put back what was there."""
+        """Restore the saved structure."""
         for module, cls, attributes, children in self._saved:
             module.__class__ = cls
             module.__dict__.clear()
@@ -27,7 +27,7 @@ class Snapshot:
 
 
 class Contents:
-    """Remembers what running a module may change: attributes, buffers, and what its lists, dicts and sets hold."""
+    """Saves what a forward pass may change: attributes, buffers, and the contents of lists, dicts and sets."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._attributes = module, dict(module.__dict__)
@@ -39,7 +39,7 @@ class Contents:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back."""
+        """Restore the saved state."""
         self._module.__dict__.clear()
         self._module.__dict__.update(self._attributes)
         for buffer, before in self._buffers:

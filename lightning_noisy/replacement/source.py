@@ -1,7 +1,7 @@
-"""The source of a function, where it is that of the running code, and its code after a change of the source.
+"""Read the source of a function, if it is that of the running code, and compile the function after a change of it.
 
-The file is compiled again as Python did when it was imported. That gives the running code, or the file is another one:
-nothing here depends on how a version of Python spells what a code does.
+The file is compiled again as Python did on import. If that doesn't give the running code, the file has changed.
+Nothing here depends on the bytecode of a Python version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 
 __all__ = ["UnreadError", "rewritten", "source_of"]
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-# All that a code does; not on which lines, so that lines may come and go above of it.
+# All that a code object does, without its line numbers, so that the lines above it may change.
 _PARTS = (
     *("co_name", "co_flags", "co_code", "co_exceptiontable", "co_consts", "co_names"),  # the table: from Python 3.11 on
     *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_varnames", "co_freevars", "co_cellvars"),
@@ -36,11 +36,11 @@ def source_of(function: FunctionType) -> tuple[ast.FunctionDef, int]:
 
 
 def rewritten(function: FunctionType, change: Callable[[ast.FunctionDef, int], None]) -> CodeType:
-    """Compile a function in the scopes that it was in, after a change of its definition.
+    """Compile a function in its original scopes, after a change of its definition.
 
     Args:
-        function: with a source.
-        change: changes the definition, whose first line has this number, in place.
+        function: a function with readable source.
+        change: changes a definition in place; called with it and the number of its first line.
     """
     name, (text, first, how) = function.__code__.co_name, _place_of(function)
     tree = _parse(text, *how)
@@ -51,10 +51,10 @@ def rewritten(function: FunctionType, change: Callable[[ast.FunctionDef, int], N
 
 @functools.cache
 def _place_of(function: FunctionType) -> tuple[str, int, tuple[str, int]]:
-    """The file's statement that a function is in.
+    """The top-level statement of the file that contains a function.
 
     Returns:
-        Its source at its line; the number of the function's first line; how it is compiled: filename and flags.
+        Its source, padded to its line; the number of the function's first line; the filename and flags to compile it.
     """
     running = function.__code__
     how = running.co_filename, running.co_flags & _FUTURE
@@ -69,7 +69,7 @@ def _place_of(function: FunctionType) -> tuple[str, int, tuple[str, int]]:
         return "\n" * (start - 1) + "".join(lines[start - 1 : end])
 
     wanted = _content(running)
-    # Notebooks compile each statement by itself, and Python spells calls by whether it sees the import of their names.
+    # Notebooks compile each statement by itself; Python compiles calls differently if it sees their names' import.
     for code in (whole, _compile(around(running.co_firstlineno), *how)):
         same = [each for each in _codes(code) if each.co_name == running.co_name and _content(each) == wanted]
         if same:
@@ -111,7 +111,7 @@ def _first_line(node: ast.stmt) -> int:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """All codes inside of a code."""
+    """All code objects nested in a code object."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
@@ -119,7 +119,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _content(value: object) -> object:
-    """What a code or one of its parts is, for comparing it; of constants also the type and the sign of a zero."""
+    """A code object or one of its parts in a form to compare; constants with their type and the sign of a zero."""
     if isinstance(value, CodeType):
         return tuple(_content(getattr(value, part, None)) for part in _PARTS)
     if isinstance(value, (tuple, frozenset)):
