@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base of all, and of other libraries' own
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -19,15 +21,18 @@ __all__ = [
     "HOOKS",
     "LOAD_HOOKS",
     "WRAPPERS",
+    "BatchNorm",
     "add_each",
     "amp_state",
     "first_index",
+    "has_step_hooks",
     "has_values",
     "is_recomputing",
     "is_transforming",
     "metadata_of",
     "recomputing",
     "set_metadata",
+    "step_pre_hooks",
     "tree_leaves",
     "uncompiled",
     "unscales_in_step",
@@ -119,9 +124,18 @@ def first_index(tensor: DTensor) -> tuple[int, ...]:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that ``torch.compile`` was given, or ``model`` itself."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+    """The module that was passed to ``torch.compile``, or ``model`` itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether hooks on its steps can be registered: not if a wrapper doesn't call ``Optimizer.__init__``."""
+    return all(hasattr(optimizer, f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+
+
+def step_pre_hooks(optimizer: Any) -> list[Any]:
+    """The hooks that its ``step`` calls first: a wrapper may share them with the optimizer inside it."""
+    return list(optimizer._optimizer_step_pre_hooks.values()) if has_step_hooks(optimizer) else []
 
 
 def amp_state(optimizer: Optimizer) -> tuple[float, bool]:

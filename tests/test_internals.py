@@ -148,6 +148,22 @@ def test_compiled_model_is_taken_apart():
     assert internals.uncompiled(torch.compile(model, backend="eager")) is model
     assert internals.uncompiled(model) is model
     assert internals.uncompiled(None) is None
+    model._orig_mod = nn.Linear(2, 2)  # a child of that name is no compiled model
+    assert internals.uncompiled(model) is model
+
+
+def test_batch_norms_have_one_base():
+    classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm1d)
+    assert all(issubclass(cls, internals.BatchNorm) for cls in classes)
+    assert not issubclass(nn.InstanceNorm1d, internals.BatchNorm)
+
+
+def test_step_hooks_of_an_optimizer_are_read():
+    optimizer, hook = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), lambda *_: None
+    optimizer.register_step_pre_hook(hook)
+    assert internals.has_step_hooks(optimizer)
+    assert internals.step_pre_hooks(optimizer) == [hook]
+    assert internals.step_pre_hooks(None) == []
 
 
 def test_metadata_of_a_state_dict_is_read_and_written():
@@ -186,6 +202,26 @@ def test_compiled_lightning_module_is_seen():
     for model in (Net(), torch.compile(Net(), backend="eager")):
         quiet_trainer(max_steps=1, callbacks=[Look()]).fit(model, loader(batches(1)))
     assert seen == [False, True]
+
+
+def averages():
+    """The callbacks of Lightning that average weights in a copy; the second came with lightning 2.5.5."""
+    yield pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1)
+    if hasattr(pl.callbacks, "WeightAveraging"):
+        yield pl.callbacks.WeightAveraging()
+
+
+def test_averaging_callback_that_has_copied_the_model_is_seen():
+    for callback in averages():
+        assert not of_lightning.has_copied_model(callback)
+        seen = []
+
+        class Look(pl.Callback):
+            def on_fit_start(self, *_, callback=callback, seen=seen):
+                seen.append(of_lightning.has_copied_model(callback))
+
+        quiet_trainer(max_steps=1, callbacks=[callback, Look()]).fit(Net(), loader(batches(1)))
+        assert seen == [True]
 
 
 @pytest.mark.parametrize(("strategy", "copies"), [("auto", False), ("ddp", False), ("ddp_fork", True)])

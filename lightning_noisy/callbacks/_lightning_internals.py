@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-__all__ = ["copies_model", "is_compiled", "is_logging_due", "logging_step"]
+__all__ = ["copies_model", "has_copied_model", "is_compiled", "is_logging_due", "logging_step"]
 
 
 def is_logging_due(trainer: pl.Trainer) -> bool:
@@ -30,6 +30,11 @@ def logging_step(trainer: pl.Trainer) -> int | None:
 def is_compiled(model: pl.LightningModule) -> bool:
     """Whether ``torch.compile`` was called on it: the Trainer unwraps it, and runs the compiled old ``forward``."""
     return model._compiler_ctx is not None
+
+
+def has_copied_model(callback: pl.Callback) -> bool:
+    """Whether it averages weights in a copy of the model, as made by ``StochasticWeightAveraging`` in its ``setup``."""
+    return getattr(callback, "_average_model", None) is not None
 
 
 def copies_model(trainer: pl.Trainer) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_noisy.callbacks import _checkpoints
 from lightning_noisy.callbacks._horizon import resolved
-from lightning_noisy.callbacks._lightning_internals import copies_model, is_compiled, logging_step
+from lightning_noisy.callbacks._lightning_internals import copies_model, has_copied_model, is_compiled, logging_step
 from lightning_noisy.callbacks._logging import log_scalars
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
@@ -31,11 +30,6 @@ from lightning_noisy.replacement.sites import ActivationSite
 from lightning_noisy.schedules import Schedule
 
 __all__ = ["ActivationReplacement"]
-
-# They copy the model in `setup`. The second came with lightning 2.5.5.
-_AVERAGING = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
 
 
 class ActivationReplacement(pl.Callback):
@@ -126,8 +120,7 @@ class ActivationReplacement(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if callback is self:
                 break
-            held = vars(callback).values() if isinstance(callback, _AVERAGING) else ()
-            if any(isinstance(each, torch.nn.Module) for each in held):
+            if has_copied_model(callback):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} has copied the model before its activations are replaced. Put"
                     " ActivationReplacement before it in the list of callbacks."

@@ -184,6 +184,7 @@ def _check_arguments(cls: type[pl.LightningModule], arguments: Mapping[str, Any]
 def _steps(saved: Mapping[str, Any], to: Replacement | None) -> list[tuple[str, Policy]]:
     """The replacements of a checkpoint in order, each with the path of its module."""
     calls = [(path, call) for path, what in saved.items() for call in what.get("history", [])]
+    calls.sort(key=lambda each: each[1].get("time", 0))
     unknown = [call for _, call in calls if call["to"] is None]
     wanted = unknown if len(calls) > 1 else [call for _, call in calls]
     if unknown and to is None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lightning_noisy._torch_internals import has_step_hooks, step_pre_hooks
+
 __all__ = ["StepHooks", "stepping_optimizer"]
 
 
@@ -71,18 +73,22 @@ class StepHooks:
         self._begin, self._gradients, self._end = begin, gradients, end
         self._optimizer = weakref.ref(optimizer)
         _run_hooks(optimizer)
-        hooked = [optimizer]
+        self._handles: list[Any] = []
+        self._hook(optimizer)
         # A wrapper may also update the parameters by itself.
-        if isinstance(wrapper, Optimizer) and wrapper is not optimizer and _has_hooks(wrapper):
-            hooked += [wrapper] if _is_wrapped(type(wrapper).step) else []
-        self._hooked = [weakref.ref(each) for each in hooked]
-        self._handles = [
-            handle
-            for each in hooked
-            for handle in (
-                each.register_step_pre_hook(self._before_step),
-                each.register_step_post_hook(self._after_step),
-            )
+        if wrapper is optimizer or not isinstance(wrapper, Optimizer) or not has_step_hooks(wrapper):
+            return
+        if _is_wrapped(type(wrapper).step) and self._before_step not in step_pre_hooks(wrapper):
+            count = len(step_pre_hooks(optimizer))
+            self._hook(wrapper)
+            if len(step_pre_hooks(optimizer)) > count:  # it hands them over to the one inside, which has them already
+                for handle in self._handles[-2:]:
+                    handle.remove()
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        self._handles += [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     def remove(self) -> None:
@@ -136,7 +142,7 @@ class StepHooks:
         frame = frame.f_back.f_back  # the hook's caller
         outer = frame.f_back
         while outer is not None:
-            if outer.f_code is frame.f_code and any(each() is outer.f_locals.get("self") for each in self._hooked):
+            if outer.f_code is frame.f_code and self in map(_owner, step_pre_hooks(outer.f_locals.get("self"))):
                 return True
             outer = outer.f_back
         return False
@@ -165,12 +171,8 @@ class _Backward:
         return self._came or any(p.grad is not (then and then()) for p, then in self._gradients)
 
 
-def _has_hooks(optimizer: Any) -> bool:
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:
-        return False
-    return True
+def _owner(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
 
 
 def _run_hooks(optimizer: Optimizer) -> None:
@@ -180,7 +182,7 @@ def _run_hooks(optimizer: Optimizer) -> None:
     ``zero_grad``; it skips a method that has copied the mark of a wrapped one, such as by ``functools.wraps``.
     """
     cls = type(optimizer)
-    if not _has_hooks(optimizer):
+    if not has_step_hooks(optimizer):
         raise TypeError(
             f"{cls.__name__} has no hooks for its steps, since its __init__ doesn't call Optimizer.__init__. Call it"
             " there, or add the noise to the optimizer that it wraps."

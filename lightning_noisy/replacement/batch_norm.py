@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy.replacement.dataflow import BATCH_NORMS
+from lightning_noisy._torch_internals import BatchNorm
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite
 
@@ -25,7 +25,7 @@ def strip(model: nn.Module, sites: Iterable[ActivationSite], record: Record) -> 
     lost = []
     for name in dict.fromkeys(site.batch_norm for site in sites if site.batch_norm is not None):
         norm = model.get_submodule(name)
-        assert isinstance(norm, BATCH_NORMS)
+        assert isinstance(norm, BatchNorm)
         if not norm.affine:
             continue
         if bool((norm.weight != 1).any()) or bool(norm.bias.any()):

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
-from lightning_noisy._torch_internals import tree_leaves
+from lightning_noisy._torch_internals import BatchNorm, tree_leaves
 from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.snapshot import Contents
 
-__all__ = ["BATCH_NORMS", "MOVES", "Probe", "Seen", "call", "observe", "trace"]
+__all__ = ["MOVES", "Probe", "Seen", "call", "observe", "trace"]
 
 # Operations that count as moving elements without changing their values.
 MOVES = {
@@ -43,8 +43,6 @@ _SCALE = (
 )
 _SCALE |= {Tensor.__sub__, Tensor.__rsub__, torch.rsub, operator.neg, torch.neg, Tensor.neg, Tensor.__neg__}
 _PASSIVE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten)
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass
@@ -151,7 +149,7 @@ class _Watch(TorchFunctionMode):
             self._running.append(module)
 
     def after(self, module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, BatchNorm):
             self._norms[id(output)] = module
             self._alive.append(output)
         if self._running and self._running[-1] is module:
@@ -307,7 +305,7 @@ def trace(owner: nn.Module) -> bool:
         previous = node.args[0] if node.args else None
         if isinstance(previous, fx.Node) and previous.op == "call_module":
             module = owner.get_submodule(str(previous.target))
-            seen.batch_norm = module if isinstance(module, BATCH_NORMS) else None
+            seen.batch_norm = module if isinstance(module, BatchNorm) else None
     return True
 
 

@@ -6,12 +6,13 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_noisy._torch_internals import has_step_hooks
 
 __all__ = ["watch"]
 
@@ -27,9 +28,9 @@ def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     before = set(model.parameters()) - new
     look = _Look(model, new)
     for optimizer in _optimizers():
-        if not _trained([optimizer]).isdisjoint(before):
-            with suppress(AttributeError):  # a wrapper without hooks: the inner optimizer has them
-                optimizer.register_step_post_hook(look)
+        # A wrapper without hooks is passed over: the optimizer inside has them.
+        if has_step_hooks(optimizer) and not _trained([optimizer]).isdisjoint(before):
+            optimizer.register_step_post_hook(look)
 
 
 class _Look:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_noisy._torch_internals import metadata_of, set_metadata, versions
+from lightning_noisy._torch_internals import BatchNorm, metadata_of, set_metadata, versions
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.replacement.call_finder import NAME
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
-from lightning_noisy.replacement.dataflow import BATCH_NORMS
 from lightning_noisy.replacement.origin import Origin, computes
 from lightning_noisy.replacement.policy import Policy
 
@@ -94,7 +94,8 @@ class Record:
         names = isinstance(to, str) or (isinstance(to, Mapping) and all(isinstance(new, str) for new in to.values()))
         plain = (dict(to) if isinstance(to, Mapping) else to) if names else None
         options = {"batchnorm_affine": policy.batchnorm_affine, "buffer_batchnorm": policy.buffer_batchnorm}
-        self.history.append({"to": plain, "sites": list(made), "options": options})
+        # The time, since other modules of the model may have records of their own.
+        self.history.append({"to": plain, "sites": list(made), "options": options, "time": time.time_ns()})
         for module in made.values():
             module.register_load_state_dict_pre_hook(_drop_marker)
 
@@ -163,7 +164,7 @@ class Record:
                 values = [] if present is None else [*present.parameters(), *present.buffers()]
                 if (like := next((each for each in values if each.is_floating_point()), None)) is not None:
                     before.to(like.device, like.dtype)
-                if isinstance(present, BATCH_NORMS) and isinstance(before, BATCH_NORMS):  # a stripped one
+                if isinstance(present, BatchNorm) and isinstance(before, BatchNorm):  # a stripped one
                     before._buffers.update(present._buffers)
                 within._modules[key] = before.train(within.training)
             else:

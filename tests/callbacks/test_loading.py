@@ -160,6 +160,15 @@ def test_part_that_was_swapped_alone_is_loaded(tmp_path):
     assert_same(load_replaced(Deep, tmp_path / "a.ckpt"), model)
 
 
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_replacements_of_a_part_and_of_the_whole_are_done_again_in_their_order(tmp_path, inner_first):
+    model = Deep()
+    for part in (model.net, model) if inner_first else (model, model.net):
+        replace_activations(part, "nani" if part is model else "nan")
+    fitted(model, tmp_path / "a.ckpt")
+    assert_same(load_replaced(Deep, tmp_path / "a.ckpt"), model)
+
+
 def test_replacements_are_done_again_in_their_order(tmp_path):
     model = replace_activations(Deep(), {"tanh": "leaky_relu"})
     replace_activations(model, "normalized")

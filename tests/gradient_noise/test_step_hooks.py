@@ -434,3 +434,54 @@ def test_a_step_that_raised_keeps_nothing_alive():
     reference = batch()
     gc.collect()
     assert reference() is None
+
+
+class Forwarding(torch.optim.Optimizer):
+    """A wrapper that hands its hooks over to the optimizer inside."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+
+    def register_step_pre_hook(self, hook):
+        return self.base.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook):
+        return self.base.register_step_post_hook(hook)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class Sharing(torch.optim.Optimizer):
+    """A wrapper that has the very hooks of the optimizer inside."""
+
+    def __init__(self, base):
+        self.__setstate__(base.__dict__)
+        self.base = base
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("wrap", [Forwarding, Sharing])
+@pytest.mark.parametrize("on_base", [True, False])
+def test_noise_of_a_wrapper_with_the_hooks_of_what_it_wraps_is_added_once(wrap, on_base):
+    weight = nn.Parameter(torch.zeros(4))
+    base = torch.optim.SGD([weight], lr=1.0)
+    wrapper = wrap(base)
+    with add_gradient_noise(base if on_base else wrapper, lambda t: 0.1, seed=3) as noise:
+        for step in range(3):
+            weight.grad = torch.zeros(4)
+            wrapper.step()
+            assert noise.step == step + 1
+            other = nn.Parameter(torch.zeros(4))
+            other.grad = torch.zeros(4)
+            alone = torch.optim.SGD([other], lr=1.0)
+            with add_gradient_noise(alone, lambda t: 0.1) as expected:
+                expected.load_state_dict({"seed": 3, "stream": 0, "step": step})
+                alone.step()
+            assert torch.equal(weight.grad, other.grad)
+    weight.grad = None
+    wrapper.step()
+    assert noise.step == 3

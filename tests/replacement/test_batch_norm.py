@@ -7,6 +7,7 @@ import pytest
 import torch
 from patterns import IMAGE, BasicConv, made
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from lightning_noisy import replace_activations, restore_activations
 
@@ -47,3 +48,13 @@ def test_a_layer_with_tokens_has_its_batch_norm_over_all_of_them():
     replace_activations(model, "nsw", buffer_batchnorm="2")
     model(torch.randn(3, 5, 6))
     assert model[2].buffer.num_batches_tracked == 1
+
+
+def test_batch_norms_of_other_libraries_are_stripped_too():
+    class Own(BatchNorm):
+        def _check_input_dim(self, input):
+            pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Own(4), nn.ReLU(), nn.Linear(4, 4))
+    replace_activations(model, "nrelu", batchnorm_affine="strip")
+    assert not model[1].affine
