@@ -21,19 +21,19 @@ class CallCounter(torch.overrides.TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.count, self._inside = 0, False
+        self.count, self.inside = 0, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         known = func in FUNCTIONS or (name in METHODS and getattr(torch.Tensor, name, None) is func)
-        if not known or self._inside:
+        if not known or self.inside:
             return func(*args, **(kwargs or {}))
         self.count += 1
-        self._inside = True
+        self.inside = True
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self._inside = False
+            self.inside = False
 
 
 class BasicBlock(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_noisy._torch_internals import metadata_of
 from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.replacement.blend import blended, set_blend
 from lightning_noisy.replacement.record import (
     KEY,
     describe,
@@ -25,6 +26,7 @@ __all__ = ["add_replacements", "check", "replacements_of", "set_noise"]
 
 # The key in a checkpoint of c of the noisy activations, by path.
 _NOISE_KEY = "lightning_noisy.activation_noise"
+_BLEND_KEY = "lightning_noisy.activation_blend"  # and b of those that are blended with old ones
 
 
 def add_replacements(model: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -34,6 +36,7 @@ def add_replacements(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = saved_replacements(metadata)
     noisy = ((path, each) for path, each in model.named_modules() if isinstance(each, NoisyActivation))
     checkpoint[_NOISE_KEY] = {path: each.c.item() for path, each in noisy}
+    checkpoint[_BLEND_KEY] = {path: each.blend.item() for path, each in blended(model).items()}  # type: ignore[operator]
 
 
 def replacements_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -62,3 +65,10 @@ def set_noise(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     for path, value in checkpoint.get(_NOISE_KEY, {}).items():
         if isinstance(module := modules.get(path), NoisyActivation):
             module.c.fill_(value)
+    for path, module in blended(model).items():
+        set_blend(module, checkpoint.get(_BLEND_KEY, {}).get(path, 1.0))
+    if lost := [path for path in checkpoint.get(_BLEND_KEY, {}) if path not in blended(model)]:
+        rank_zero_warn(
+            f"In the checkpoint {', '.join(lost)} were still blended with the old activations, and here they are not:"
+            " the output is another one. Load it with ActivationReplacement(..., blend=...) in a Trainer."
+        )

@@ -23,6 +23,7 @@ from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.nn.synchronize import synchronize_statistics, synchronized_activations
+from lightning_noisy.replacement.blend import blended, set_blend, start_blend
 from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.policy import Policy, Replacement
 from lightning_noisy.replacement.replace import swap
@@ -48,7 +49,8 @@ class ActivationReplacement(pl.Callback):
     Several instances in one Trainer replace one after the other. If several have ``noise``, each anneals c of its own
     replacements; a single one anneals all noisy activations of the model.
 
-    Logs ``activation_noise/c`` at the Trainer's logging steps, if there is ``noise``; if several instances have it,
+    Logs ``activation_noise/c`` and ``activation_blend/b`` at the Trainer's logging steps, if there is ``noise`` or
+    ``blend``; if several instances have it,
     ``activation_noise/c/noise0``, ``/noise1`` and so on, in the order of the callbacks.
 
     Args:
@@ -57,6 +59,9 @@ class ActivationReplacement(pl.Callback):
         noise: c of the noisy activations as a function of the optimizer step (in manual optimization, of the batch)
             or the epoch, such as ``schedules.Linear(30.0, end=0.5)``; ``steps="auto"`` becomes the length of the
             training. None leaves c as it is.
+        blend: b in [0, 1] as a function of the same, such as ``schedules.Linear(0.0, end=1.0, steps=1000)``: the output
+            is (1 - b) times that of the old activation plus b times that of the new one, so that a trained model isn't
+            thrown off at once. From b = 1 on the old one is gone.
         interval: ``"step"`` or ``"epoch"``.
         example_inputs: see :func:`lightning_noisy.replace_activations`; by default the model's ``example_input_array``.
 
@@ -73,6 +78,7 @@ class ActivationReplacement(pl.Callback):
         to: Replacement,
         *,
         noise: Schedule | None = None,
+        blend: Schedule | None = None,
         interval: Literal["step", "epoch"] = "step",
         example_inputs: Any = None,
         gates: bool = False,
@@ -81,21 +87,29 @@ class ActivationReplacement(pl.Callback):
         keep_last: int = 0,
         include: str | list[str] | Callable[[ActivationSite], bool] | None = None,
         exclude: str | list[str] | Callable[[ActivationSite], bool] | None = None,
+        also: Mapping[type[torch.nn.Module], str] | list[type[torch.nn.Module]] | None = None,
         batchnorm_affine: Literal["keep", "strip"] = "keep",
         buffer_batchnorm: bool | str = False,
+        initialize: Literal["xavier"] | None = None,
+        strict: bool = False,
     ) -> None:
         if noise is not None and not callable(noise):
             raise TypeError(f"noise must be a schedule, a function from a step to c, got {noise!r}. Use Constant(c).")
+        if blend is not None and not callable(blend):
+            raise TypeError(f"blend must be a schedule, a function from a step to b, got {blend!r}.")
         if interval not in ("step", "epoch"):
             raise ValueError(f'interval must be "step" or "epoch", got {interval!r}.')
         self.policy = Policy(
-            to, gates, outputs, after_residual, keep_last, include, exclude, batchnorm_affine, buffer_batchnorm
-        )
+            to=to, gates=gates, outputs=outputs, after_residual=after_residual, keep_last=keep_last, include=include,
+            exclude=exclude, also=also or (), batchnorm_affine=batchnorm_affine, buffer_batchnorm=buffer_batchnorm,
+            initialize=initialize, strict=strict,
+        )  # fmt: skip
         for name in to.values() if isinstance(to, Mapping) else (to,):
             if noise is not None and isinstance(name, str) and "c" in registry.parse(name)[1]:
                 raise ValueError(f"noise= sets c at every step, and {name!r} has a c of its own. Leave one out.")
         self.to = to
         self.noise = noise
+        self.blend = blend
         self.interval = interval
         self.example_inputs = example_inputs
         self._suffix = ""  # of the tag
@@ -103,8 +117,10 @@ class ActivationReplacement(pl.Callback):
         self._fresh: list[weakref.ref[torch.nn.Module]] = []  # what it has installed there since the last fit
         self._replaced: weakref.ref[pl.LightningModule] | None = None
         self._schedule: Schedule | None = None
+        self._blending: Schedule | None = None
         self._noisy: list[NoisyActivation] = []
         self._c: float | None = None
+        self._b: float | None = None
         self._steps = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -168,8 +184,11 @@ class ActivationReplacement(pl.Callback):
         later = [each.policy.call for each in instances[instances.index(self) + 1 :]] if self in instances else []
         fresh = {each() for callback in instances for each in callback._fresh}  # has learned nothing yet
         before = dict(pl_module.named_modules())
-        own = swap(pl_module, self.policy, self.example_inputs, later=later)[1]
+        swapped = swap(pl_module, self.policy, self.example_inputs, later=later)
+        own = swapped.modules
         self._own = [weakref.ref(each) for each in own]
+        for new, old in swapped.pairs if self.blend is not None else ():
+            start_blend(new, old)
         made = set(own) - set(before.values())
         self._fresh += [weakref.ref(each) for each in made]
         self._replaced = weakref.ref(pl_module)
@@ -215,6 +234,8 @@ class ActivationReplacement(pl.Callback):
                 "StochasticWeightAveraging refreshes the running statistics of batch norms alone. For normalized"
                 " activations, run forward passes over the training data in training mode after the fit, without steps."
             )
+        if self.blend is not None:
+            self._blending = resolved(self.blend, trainer, of_epochs=self.interval == "epoch")
         if self.noise is not None:
             self._schedule = resolved(self.noise, trainer, of_epochs=self.interval == "epoch")
             self._noisy = self._annealed(trainer, pl_module)
@@ -222,12 +243,18 @@ class ActivationReplacement(pl.Callback):
             self._suffix = f"/noise{annealing.index(self)}" if len(annealing) > 1 else ""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Set c for this step."""
+        """Set c and b for this step."""
         self._steps = trainer.global_step
+        step = trainer.current_epoch
+        if self.interval == "step":  # in manual optimization global_step counts the steps of all optimizers
+            step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
+        if self._blending is not None:
+            self._b = float(self._blending(step))
+            own = {each() for each in self._own}
+            for module in blended(pl_module).values():
+                if module in own:
+                    set_blend(module, self._b)
         if self._schedule is not None:
-            step = trainer.current_epoch
-            if self.interval == "step":  # in manual optimization global_step counts the steps of all optimizers
-                step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
             self._c = float(self._schedule(step))
             if not 0 <= self._c < float("inf"):
                 raise ValueError(f"c must be a finite number >= 0, and noise={self.noise!r} gives {self._c} at {step}.")
@@ -256,14 +283,17 @@ class ActivationReplacement(pl.Callback):
         if is_first and trainer.global_step > self._steps and synchronized_activations(pl_module):
             synchronize_statistics(pl_module)
         step = logging_step(trainer)
-        if self._schedule is not None and self._c is not None and step is not None:
-            log_scalars(trainer, {f"activation_noise/c{self._suffix}": self._c}, step)
+        scalars = {"activation_noise/c": self._c, "activation_blend/b": self._b}
+        known = {f"{tag}{self._suffix}": value for tag, value in scalars.items() if value is not None}
+        if step is not None and known:
+            log_scalars(trainer, known, step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the model's hooks, if they were never called."""
         while self._unfollow(pl_module):
             pass
         self._noisy, self._fresh, self._schedule, self._c = [], [], None, None
+        self._blending, self._b = None, None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the model's hooks."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from lightning_noisy.nn import registry
 from lightning_noisy.replacement.source import UnreadError, source_of
 
-__all__ = ["Call", "InPlace", "calls_of", "own_class", "plain_module"]
+__all__ = ["Call", "InPlace", "calls_of", "mentions", "own_class", "plain_module"]
 NAME = "activation_calls"  # the child that holds the modules of redirected calls
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
@@ -55,9 +56,10 @@ class Call:
             ``"relu#2"`` for the second call.
         kind: ``"function"``, ``"method"``, ``"inline"`` or ``"module"``.
         function: plain name of the function.
-        in_loop: whether one forward pass may execute the call several times.
+        in_loop: whether it is in a loop.
         child: name of the child that is called, for the kind ``"module"``.
-        plain: a module equivalent to the call; None for a child, or if the arguments can't be resolved.
+        layer_follows: whether a layer of the same module is called later in the same method.
+        plain: what the call computes, as a module; None for a child, or where that can't be read.
     """
 
     method: str
@@ -67,6 +69,7 @@ class Call:
     function: str
     in_loop: bool
     child: str | None = None
+    layer_follows: bool = field(default=False, compare=False)
     plain: nn.Module | None = field(default=None, compare=False)
 
 
@@ -119,12 +122,22 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[li
             continue
         reader = _Reader(owner, function, name, counts, name_of)
         reader.visit(tree)
-        found += reader.calls
+        last = max(reader.layer_ends, default=(-1, -1))
+        found += [replace(call, layer_follows=call.in_loop or call.position[2:] < last) for call in reader.calls]
         reasons += reader.reasons
         if left := sorted({named for node, named in reader.mentioned.items() if node not in reader.taken}):
             reasons.append(f"{name} has {', '.join(left)} other than in a call that can be replaced")
         waiting += [each for each in reader.methods if each not in seen]
     return found, reasons
+
+
+def is_read(owner: nn.Module) -> bool:
+    """Whether the source of a module's forward is at hand, or it is of a library."""
+    try:
+        method = method_of(own_class(owner), "forward")
+        return method is None or bool(source_of(method))
+    except UnreadError:
+        return False
 
 
 _NAMES = {name + suffix for name in registry.PLAIN for suffix in ("", "_")} | {cls.__name__ for cls in _MODULES}
@@ -155,9 +168,16 @@ class _Reader(ast.NodeVisitor):
         self.calls: list[Call] = []
         self.methods: list[str] = []
         self.reasons: list[str] = []
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self.reasons += [
+            f"{name} has {FUNCTIONS[each][0]} as a default argument; make it a module"
+            for each in defaults
+            if _hashable(each) and each in FUNCTIONS
+        ]
         self.mentioned: dict[ast.expr, str] = {}
         self.taken: set[ast.expr] = set()
         self.loops = 0
+        self.layer_ends: list[tuple[int, int]] = []  # of calls of children with parameters
 
     def visit_For(self, node: ast.For) -> None:
         self.visit(node.iter)
@@ -220,12 +240,20 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
         if any(isinstance(argument, ast.Starred) for argument in node.args):
             return
+        called = {_attribute_of(each, self.self_name) for each in ast.walk(node.func) if isinstance(each, ast.expr)}
+        layers = (self.owner._modules.get(each) for each in called if each is not None)
+        if any(
+            layer is not None and not self.name_of(layer) and any(True for _ in layer.parameters()) for layer in layers
+        ):
+            self.layer_ends.append(position_of(node, self.first)[2:])
         own = _attribute_of(node.func, self.self_name)
         if own is not None:
             child = self.owner._modules.get(own, self.owner.__dict__.get(own))
             if child is not None:
                 function = self.name_of(child)
-                if function and len(node.args) + len(node.keywords) == 1:
+                if function and isinstance(child, nn.Module) is False and len(node.args) + len(node.keywords) > 1:
+                    self._add_function(node, "function", *FUNCTIONS[_innermost(child)], node.args[1:])
+                elif function and len(node.args) + len(node.keywords) == 1:
                     count = self.counts[own] = self.counts.get(own, 0) + 1
                     self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
             return
@@ -360,6 +388,23 @@ def is_set(cell: CellType) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _innermost(function: Any) -> Any:
+    return _innermost(function.func) if isinstance(function, functools.partial) else function
+
+
+def mentions(function: Any) -> list[str]:
+    """The activations that a function, or what it wraps, mentions; empty for one of a library."""
+    function = getattr(_innermost(function), "__func__", _innermost(function))
+    if not isinstance(function, FunctionType) or f"{function.__module__}.".startswith(_FOREIGN):
+        return []
+    cells = [cell.cell_contents for cell in function.__closure__ or () if is_set(cell)]
+    held = [FUNCTIONS[each][0] for each in cells if _hashable(each) and each in FUNCTIONS]
+    inner = [
+        name for each in cells if isinstance(each, FunctionType) and each is not function for name in mentions(each)
+    ]
+    return sorted({*(set(function.__code__.co_names) & _NAMES), *held, *inner})
 
 
 def _is_super(node: ast.expr) -> bool:

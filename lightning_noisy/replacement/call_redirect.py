@@ -17,7 +17,6 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_noisy._torch_internals import is_recomputing
 from lightning_noisy.replacement.call_finder import (
     ENTRIES,
     NAME,
@@ -34,62 +33,25 @@ __all__ = ["CallSites", "redirect_calls"]
 
 
 class CallSites(nn.ModuleDict):
-    """The modules to which a module's calls are redirected, by call key.
-
-    A call that runs several times in one forward pass has one module per execution: ``"relu#0"``, ``"relu#0@2"``, ...
-    """
-
-    def __init__(self, modules: dict[str, nn.Module] | None = None) -> None:
-        super().__init__(modules)
-        self._passes: dict[str, int] = {}
-        self._again = False
-
-    def restart(self) -> None:
-        """Reset the execution counts at the start of a forward pass."""
-        self._passes = {}
-        self._again = is_recomputing()
-
-    def pick(self, key: str, first: nn.Module | None = None) -> nn.Module:
-        """The module for the next execution of a call; ``first`` is the one for the first, if it isn't stored here."""
-        if is_recomputing() and not self._again:
-            raise RuntimeError(
-                f"The call {key!r}, which is in a loop, is repeated by checkpointing, so its iteration is unknown."
-                " Checkpoint the whole module, or give each iteration a module of its own before replacing."
-            )
-        count = self._passes[key] = self._passes.get(key, 0) + 1
-        if count == 1:
-            return self[key] if first is None else first
-        name = f"{key}@{count}"
-        if name not in self:
-            raise RuntimeError(
-                f"The call {key!r} is passed {count} times in one forward pass, the example inputs showed"
-                f" {count - 1}. Replace the activations with example_inputs that run it most often."
-            )
-        return self[name]
+    """The modules that a module's own calls go to, by the calls' keys."""
 
 
-# How to rewrite a call: method, position, key, child, whether executions are counted.
-_Redirected = tuple[str, Position, str, str | None, bool]
+# What to write in the place of a call: method, position, key, whether it is a child's.
+_Redirected = tuple[str, Position, str, bool]
 
 
-def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) -> None:
-    """Rewrite a module's code to call modules in place of functions; the first call of a child still runs the child.
+def redirect_calls(owner: nn.Module, calls: list[tuple[Call, nn.Module]]) -> None:
+    """Let the module's code call modules in the place of functions, and of a child in its further uses.
 
     Args:
-        owner: the module whose class contains the calls.
-        calls: each with its modules, one per execution; for the first call of a child, from the second execution on.
+        owner: of the class that the calls were found in.
+        calls: each with its module.
 
     Raises:
         UnreadError: if no subclass can be made.
     """
-    modules: dict[str, nn.Module] = {}
-    redirected: list[_Redirected] = []
-    for call, of_passes in calls:
-        first_is_child = call.key == call.child
-        names = [call.key, *(f"{call.key}@{count}" for count in range(2, len(of_passes) + 1 + first_is_child))]
-        modules |= dict(zip(names[first_is_child:], of_passes, strict=True))
-        if of_passes:
-            redirected.append((call.method, call.position, call.key, call.child, len(names) > 1))
+    modules = {call.key: module for call, module in calls}
+    redirected = [(call.method, call.position, call.key, call.child is not None) for call, _ in calls]
     cls = own_class(owner)
     if cls is not type(owner) and "_original_class" not in type(owner).__dict__:
         raise UnreadError("its class was extended after its activations were replaced, such as by a parametrization")
@@ -97,7 +59,7 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) 
         if parametrize.is_parametrized(owner):
             raise UnreadError("it is parametrized")
         mentioned = {
-            name for method in (*ENTRIES, *(each[0] for each in redirected)) for name in _names_in(cls, method)
+            name for method in (*ENTRIES, *(each[0] for each in redirected)) for name in _names_in(cls, method, set())
         }
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
             raise UnreadError("it goes through its children, and would also find the new ones")
@@ -111,9 +73,14 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, list[nn.Module]]]) 
 _CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
-def _names_in(cls: type, name: str) -> set[str]:
-    method = method_of(cls, name)
-    return set(method.__code__.co_names) if method else set()
+def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
+    """The names in a method, and in those that it calls."""
+    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
+    if method is None:
+        return set()
+    seen.add(name)
+    names = set(method.__code__.co_names)
+    return names.union(*(_names_in(cls, each, seen) for each in names))
 
 
 def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type[nn.Module]:
@@ -129,14 +96,11 @@ def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type
         "_original_class": cls,
         "__reduce_ex__": lambda self, protocol: (_new, (cls, redirected), *cls.__reduce_ex__(self, protocol)[2:]),
     }
-    counted = any(each[-1] for each in redirected)
-    for name in {each[0] for each in redirected} | (
-        {entry for entry in ENTRIES if method_of(cls, entry)} if counted else set()
-    ):
+    for name in {each[0] for each in redirected}:
         outermost = inspect.getattr_static(cls, name)
         function = cast(FunctionType, inspect.unwrap(outermost))
         here = {position: rest for method, position, *rest in redirected if method == name}
-        written = _write(function, cls, here, restart=counted and name in ENTRIES)
+        written = _write(function, cls, here)
         namespace[name] = _within(outermost, function, written)
     return cast(type[nn.Module], type(cls)(cls.__name__, (_RewrittenBase, cls), namespace))  # type: ignore[misc]
 
@@ -171,15 +135,10 @@ class _Rewriter(ast.NodeTransformer):
         if position not in self.here:
             return node
         self.used.add(position)
-        key, child, counted = self.here[position]
-        sites: ast.expr = self._own(NAME)
-        if counted:
-            first = [self._own(child)] if key == child else []
-            module: ast.expr = ast.Call(ast.Attribute(sites, "pick", ast.Load()), [ast.Constant(key), *first], [])
-        else:
-            module = ast.Subscript(sites, ast.Constant(key), ast.Load())
+        key, of_child = self.here[position]
+        module = ast.Subscript(self._own(NAME), ast.Constant(key), ast.Load())
         is_method = isinstance(node.func, ast.Attribute) and not (node.args or node.keywords)
-        named = next((each.value for each in node.keywords if each.arg == "input" or child is not None), None)
+        named = next((each.value for each in node.keywords if each.arg == "input" or of_child), None)
         x = cast(ast.Attribute, node.func).value if is_method else node.args[0] if node.args else cast(ast.expr, named)
         return ast.copy_location(ast.Call(module, [x], []), node)
 
@@ -187,7 +146,7 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Attribute(ast.Name(self.self_name, ast.Load()), name, ast.Load())
 
 
-def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, restart: bool) -> FunctionType:
+def _write(function: FunctionType, cls: type, here: dict[Position, Any]) -> FunctionType:
     """A method with its calls redirected."""
     self_name = function.__code__.co_varnames[0]
 
@@ -195,11 +154,7 @@ def _write(function: FunctionType, cls: type, here: dict[Position, Any], *, rest
         writer = _Rewriter(self_name, first, here)
         writer.visit(tree)
         if writer.used != set(here):
-            raise UnreadError("its source is not the one in which its calls were found")
-        if restart:
-            begin = ast.parse(f"{self_name}.{NAME}.restart()").body[0]
-            docstring = ast.get_docstring(tree, clean=False) is not None
-            tree.body.insert(int(docstring), begin)
+            raise UnreadError("its source is not the one that its calls were found in")
 
     code = rewritten(function, change)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))

@@ -17,12 +17,19 @@ from torch.overrides import TorchFunctionMode
 from lightning_noisy._torch_internals import HOOKS, tree_leaves
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
-from lightning_noisy.replacement.dataflow import MOVES, call
+from lightning_noisy.replacement.dataflow import call
 from lightning_noisy.replacement.origin import Origin
 
 __all__ = ["fold_normalization"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What moves numbers about without changing them.
+_MOVES = {
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
+    torch.dropout, Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous,
+    Tensor.squeeze, Tensor.unsqueeze, Tensor.t, Tensor.expand, Tensor.to, Tensor.float, Tensor.clone,
+    Tensor.__getitem__,
+}  # fmt: skip
 _CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 
@@ -167,7 +174,7 @@ class _Uses(TorchFunctionMode):
         for name in names:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 continue  # a shape, a dtype
-            if func in MOVES and isinstance(result, Tensor):
+            if func in _MOVES and isinstance(result, Tensor):
                 self._origin[id(result)] = name
                 self._alive.append(result)
             elif func in _CALLS and self._stack and self._origin.get(id(args[0])) == name:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_noisy._torch_internals import HOOKS
+from lightning_noisy.replacement.by_layer import ByLayer
 from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.record import Record
@@ -25,15 +26,17 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
         made: the new modules, by site name.
         record: stores what was there before.
     """
-    by_owner: dict[str, list[ActivationSite]] = {}
+    places: dict[tuple[str, str], list[ActivationSite]] = {}
     for site in sites:
-        by_owner.setdefault(site.owner, []).append(site)
-    for owner, theirs in by_owner.items():
-        _redirect(model, owner, theirs, made)
-        for site in theirs:
+        places.setdefault((site.owner, site.place), []).append(site)
+    for owner in dict.fromkeys(site.owner for site in sites):
+        theirs = [each for (path, _), each in places.items() if path == owner]
+        _redirect(model, owner, theirs, made, record)
+        for passes in theirs:
+            site = passes[0]
             is_child = site.kind == "attribute" or (site.kind == "module" and _is_first(site))
-            if site.name in made and is_child:
-                record.set_module(model, owner, site.key, made[site.name])
+            if is_child and any(each.name in made for each in passes):
+                record.set_module(model, owner, site.place, _module(model, passes, made, record))
                 if isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):
                     # In evaluation its fused kernel would still compute the ReLU or GELU that it was constructed with.
                     record.set_attribute(model, owner, "activation_relu_or_gelu", 0)
@@ -46,33 +49,56 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
             record.set_attribute(model, name, "use_nested_tensor", False)  # a layout that only this kernel uses
 
 
+def _module(model: nn.Module, passes: list[ActivationSite], made: Mapping[str, nn.Module], record: Record) -> nn.Module:
+    """What stands at a place: one module, or one for each layer that it is called after."""
+    if len(passes) == 1:
+        return made[passes[0].name]
+    modules = []
+    for site in passes:
+        assert site.module is not None
+        modules.append(made.get(site.name) or _with_own_hooks(site.module))
+    by_layer = ByLayer(modules, passes[0].name, may_repeat=any(site.seen.repeats for site in passes))
+    layers = [[None if path is None else model.get_submodule(path) for path in site.seen.layers] for site in passes]
+    for handle in by_layer.follow(layers, model):
+        record.add_hook(handle)
+    return by_layer.train(model.get_submodule(passes[0].owner).training)
+
+
 def _is_first(site: ActivationSite) -> bool:
-    return site.number == 1 and (site.call is None or site.call.key == site.call.child)
+    return site.call is None or site.call.key == site.call.child
 
 
-def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Mapping[str, nn.Module]) -> None:
-    """Redirect the calls in one module's code to their modules."""
+def _redirect(
+    model: nn.Module, path: str, places: list[list[ActivationSite]], made: Mapping[str, nn.Module], record: Record
+) -> None:
+    """Let the calls of one module's code go to their modules."""
     owner = model.get_submodule(path)
     present = owner._modules.get(NAME)
-    sent = set(present) if isinstance(present, CallSites) else set()
-    groups: dict[str, list[ActivationSite]] = {}
-    for site in sites:
-        if site.call is not None:
-            groups.setdefault(site.call.key, []).append(site)
-    # If one call of a child is replaced, its other calls must keep their module.
-    changed = {site.call.child for site in sites if site.call is not None and site.name in made} - {None}
-    # If the first call of a child is replaced, the replacement takes its hooks; other calls get copies of them.
-    replaced = [owner._modules.get(site.key) for site in sites if site.name in made and _is_first(site)]
+    there = set(present) if isinstance(present, CallSites) else set()
+    # Where one use of a child changes, the others must not follow.
+    changed = {
+        passes[0].call.child for passes in places if passes[0].call and any(site.name in made for site in passes)
+    } - {None}
+    # A child whose first use is replaced hands its hooks to the replacement, and its other uses get copies of them.
+    replaced = [
+        owner._modules.get(passes[0].place)
+        for passes in places
+        if _is_first(passes[0]) and any(site.name in made for site in passes)
+    ]
     left = {child: _with_own_hooks(child) for child in replaced if child is not None}
-    calls: list[tuple[Call, list[nn.Module]]] = []
-    for key, passes in groups.items():
-        call = passes[0].call
-        assert call is not None
-        before = any(name == key or name.startswith(f"{key}@") for name in sent)
-        if not before and call.child not in changed and not any(site.name in made for site in passes):
+    calls: list[tuple[Call, nn.Module]] = []
+    for passes in places:
+        site, call = passes[0], passes[0].call
+        if call is None or _is_first(site):
             continue
-        modules = [made.get(site.name) or _own(site, owner, left) for site in passes if not _is_first(site)]
-        calls.append((call, modules))
+        if any(each.name in made for each in passes):
+            calls.append((call, _module(model, passes, made, record)))
+        elif call.key in there:
+            assert isinstance(present, CallSites)
+            calls.append((call, present[call.key]))
+        elif call.child in changed:
+            assert site.module is not None
+            calls.append((call, left.get(site.module, site.module)))
     if not calls:
         return
     try:
@@ -82,14 +108,6 @@ def _redirect(model: nn.Module, path: str, sites: list[ActivationSite], made: Ma
             f"The calls of activations in {type(owner).__name__} can't be replaced: {reason}. Make them modules, or"
             f" exclude {path or type(owner).__name__!r}."
         ) from None
-
-
-def _own(site: ActivationSite, owner: nn.Module, left: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """The module for a call that is not replaced."""
-    assert site.module is not None
-    if site.number == 1:
-        return left.get(site.module, site.module)
-    return _with_own_hooks(site.module).train(owner.training)
 
 
 def _with_own_hooks(module: nn.Module) -> nn.Module:

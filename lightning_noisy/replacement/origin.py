@@ -33,11 +33,12 @@ class Origin:
     Attributes:
         call: fingerprint of ``to`` and of all other options.
         to: fingerprint of ``to``.
-        new: fingerprint of what ``to`` gives for the site.
-        site: name of the site.
-        written: what ``to`` gives for the site, as a user would write it.
-        options: the options of a registered name, which its module may not show.
-        folded: whether its normalization was folded into the next layers.
+        new: fingerprint of what ``to`` says for the place.
+        site: name of the place.
+        written: what ``to`` says for the place, as a user would write it.
+        options: of a registered name, which its class may not show.
+        function: plain name of the function whose place it has.
+        folded: whether its normalization is in the next layer's weights.
     """
 
     call: str
@@ -46,6 +47,7 @@ class Origin:
     site: str
     written: str
     options: str = ""
+    function: str = ""
     folded: bool = False
 
     _attribute = "_activation_origin"

@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_noisy.nn import registry
 from lightning_noisy.replacement.origin import Origin, fingerprint
-from lightning_noisy.replacement.sites import GATE_OR_OUTPUT, ActivationSite, ActivationSites
+from lightning_noisy.replacement.recognition import Also, check_also
+from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
 __all__ = ["New", "Policy", "Replacement", "Rule", "check_replacement"]
 
@@ -66,12 +67,15 @@ class Policy:
     keep_last: int = 0
     include: Rule | None = None
     exclude: Rule | None = None
+    also: Also = ()
     batchnorm_affine: Literal["keep", "strip"] = "keep"
     buffer_batchnorm: bool | str = False
+    initialize: Literal["xavier"] | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_replacement(self.to)
-        for option in ("gates", "outputs", "after_residual"):
+        for option in ("gates", "outputs", "after_residual", "strict"):
             if not isinstance(getattr(self, option), bool):
                 raise TypeError(f"{option} must be True or False, got {getattr(self, option)!r}.")
         if isinstance(self.keep_last, bool) or not isinstance(self.keep_last, int):
@@ -80,10 +84,13 @@ class Policy:
             raise ValueError(f"keep_last must be >= 0, got {self.keep_last!r}.")
         for option in ("include", "exclude"):
             _check_rule(option, getattr(self, option))
+        check_also(self.also)
         if not isinstance(self.buffer_batchnorm, (bool, str)):
             raise TypeError(
                 f"buffer_batchnorm must be True, False or the name of a layer, got {self.buffer_batchnorm!r}."
             )
+        if self.initialize not in (None, "xavier"):
+            raise ValueError(f'initialize must be "xavier" or None, got {self.initialize!r}.')
         if self.batchnorm_affine not in ("keep", "strip"):
             raise ValueError(f'batchnorm_affine must be "keep" or "strip", got {self.batchnorm_affine!r}.')
 
@@ -111,7 +118,12 @@ class Policy:
                 chosen[site.name] = None
             elif (new := self.choose(site)) is not None:
                 chosen[site.name] = new
-        last = sorted((site for site in sites if site.name in chosen), key=lambda site: site.order)
+        of_chosen = [site for site in sites if site.name in chosen]
+        if self.keep_last and any(site.order is None for site in of_chosen):
+            raise ValueError(
+                f"keep_last={self.keep_last} needs the order of the calls, which is not known. Pass example_inputs."
+            )
+        last = sorted(of_chosen, key=lambda site: site.order or 0)
         for site in last[len(last) - self.keep_last :] if self.keep_last else ():
             del chosen[site.name]
         return chosen
@@ -122,23 +134,29 @@ class Policy:
         return new is None or (origin is not None and (origin.to == self.of_to or origin.new == fingerprint(new)))
 
     def choose(self, site: ActivationSite) -> New | None:
-        """What the site is replaced with, or None if it isn't replaced."""
-        if site.kind == "recurrent" or (site.after_residual and not self.after_residual):
-            return None
-        if self.include is not None and not _matches(site, self.include):
-            return None
-        if self.exclude is not None and _matches(site, self.exclude):
-            return None
-        to = self.to
-        if isinstance(to, Mapping):
-            return to.get(site.function)
-        if isinstance(to, str) and registry.parse(to)[0] in registry.NOISY and site.function not in registry.SATURATING:
-            return None
-        if site.is_gate and not self.gates:
-            return None
-        # An unknown function may be a gate or an output.
-        may_be_either = (site.function in GATE_OR_OUTPUT or site.function not in registry.PLAIN) and site.name != ""
-        return None if may_be_either and (site.is_gate is None or site.is_output) and not self.outputs else to
+        """What the site is replaced with, or None if it stays."""
+        return self._named(site) if not self.reason_to_stay(site) else None
+
+    def reason_to_stay(self, site: ActivationSite) -> str:
+        """Why a site is not replaced, in one or two words; empty if it is."""
+        role = site.role
+        if role in ("recurrent", "unused") or (role in ("unknown", "output") and not self.outputs):
+            return role
+        if role == "gate" and not (self.gates or isinstance(self.to, Mapping)):
+            return role
+        if site.after_residual and role != "gate" and not self.after_residual:
+            return "after a residual addition"
+        included = self.include is None or _matches(site, self.include)
+        if not included or (self.exclude is not None and _matches(site, self.exclude)):
+            return "excluded"
+        return "" if self._named(site) is not None else "other function"
+
+    def _named(self, site: ActivationSite) -> New | None:
+        """What the function is replaced with, wherever it is."""
+        if isinstance(self.to, Mapping):
+            return self.to.get(site.function)
+        noisy = isinstance(self.to, str) and registry.parse(self.to)[0] in registry.NOISY
+        return None if noisy and site.function not in registry.SATURATING else self.to
 
     def unmatched(self, sites: ActivationSites) -> Iterator[str]:
         """A message for each name pattern that matches no site."""

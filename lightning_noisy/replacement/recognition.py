@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_noisy.nn import registry
 from lightning_noisy.replacement.call_finder import FUNCTIONS, UnreadError, plain_module
 
-__all__ = ["RECURRENT", "function_of", "held_activations", "held_function", "recurrent_function"]
+__all__ = ["RECURRENT", "Also", "check_also", "function_of", "held_activations", "held_function", "recurrent_function"]
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -25,10 +23,11 @@ def held_function(value: object) -> tuple[str, nn.Module] | None:
     options: dict[str, Any] = {}
     if isinstance(value, functools.partial):
         partial: functools.partial[Any] = value
-        value, arguments, options = partial.func, partial.args, partial.keywords
+        value, arguments, options = partial.func, partial.args, dict(partial.keywords)
     if not callable(value) or isinstance(value, nn.Module) or value not in FUNCTIONS:
         return None
     name, inplace = FUNCTIONS[value]
+    inplace = bool(options.pop("inplace", False)) or inplace
     try:
         return name, plain_module(name, *arguments, inplace=inplace, **options)
     except (UnreadError, TypeError):
@@ -48,47 +47,50 @@ def held_activations(value: object) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-_GRID = torch.linspace(-4, 4, 64)
+# Activation modules of other libraries, by where they are defined: their names without "Activation", in lower case.
+_LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
+_THEIR_NAMES = {
+    **{"newgelu": "gelu", "fastgelu": "gelu", "pytorchgelutanh": "gelu", "gelutanh": "gelu", "accurategelu": "gelu"},
+    **{"swish": "silu", "quickgelu": "quick_gelu", "relusquared": "relu2", "clippedgelu": "clipped_gelu"},
+    **{
+        name: name
+        for name in ("gelu", "silu", "mish", "hardswish", "hardsigmoid", "sigmoid", "tanh", "prelu", "laplace")
+    },
+    **{"hardmish": "hard_mish"},
+}
+
+# Classes of the user's own that are activations: with the plain name of their function, if they have one.
+Also = Mapping[type[nn.Module], str] | Collection[type[nn.Module]]
 
 
-def _foreign_function(module: nn.Module) -> str | None:
-    """The name of the function of an activation module from outside torch; None if it isn't one.
+def _library_function(cls: type[nn.Module]) -> str | None:
+    if cls.__module__ not in _LIBRARIES:
+        return None
+    return _THEIR_NAMES.get(cls.__name__.removesuffix("Activation").removesuffix("Me").lower())
 
-    It is one if it has no children, parameters or buffers, and its forward takes one tensor and computes an elementwise
-    function that is not affine.
+
+def check_also(also: Also) -> Mapping[type[nn.Module], str]:
+    """The classes with the names of their functions.
+
+    Raises:
+        TypeError: if there is anything else than classes of modules in it.
     """
-    space = f"{type(module).__module__}."
-    if space.startswith(("torch.", "lightning_noisy.")) or module._modules or module._parameters or module._buffers:
-        return None
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-        needed = [each for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-        if len(needed) != 1 or parameters[0] is not needed[0]:
-            return None
-        twin = copy.copy(module)
-        with torch.no_grad(), torch.random.fork_rng([]):
-            y = twin.forward(_GRID.clone())
-            if not isinstance(y, Tensor) or y.shape != _GRID.shape or not y.is_floating_point():
-                return None
-            if not torch.equal(twin.forward(_GRID.flip(0).view(8, 8)).view(-1).flip(0), y):
-                return None
-        bends = (y[2:] - 2 * y[1:-1] + y[:-2]).abs().amax()
-        if not bends > 1e-4:
-            return None
-        for name, cls in registry.PLAIN.items():
-            if name not in ("prelu", "rrelu") and torch.allclose(cls()(_GRID), y, atol=2e-3):
-                return name
-    except Exception:
-        return None
-    return type(module).__name__.lower()
+    names = also if isinstance(also, Mapping) else {cls: getattr(cls, "__name__", "").lower() for cls in also}
+    for cls in names:
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+            raise TypeError(f"also must have classes of modules, such as also=(MyGELU,), got {cls!r}.")
+    return names
 
 
-def function_of(module: Any) -> str | None:
-    """The plain name of a module, or of a function held as an attribute, if it is an activation; else None."""
+def function_of(module: Any, also: Mapping[type[nn.Module], str]) -> str | None:
+    """The name of the function that a module, or a function held as an attribute, applies; None if it has none.
+
+    A module counts by its type, and is never run.
+    """
     if not isinstance(module, nn.Module):
         held = held_function(module)
         return held[0] if held else None
-    return registry.function_name(module) or _foreign_function(module)
+    return registry.function_name(module) or _library_function(type(module)) or also.get(type(module))
 
 
 def recurrent_function(module: nn.Module) -> str:

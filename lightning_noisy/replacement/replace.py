@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import warnings
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -22,9 +25,12 @@ from lightning_noisy.replacement.install import place
 from lightning_noisy.replacement.late_swap import watch
 from lightning_noisy.replacement.origin import Origin, fingerprint, written
 from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
+from lightning_noisy.replacement.recognition import Also
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites, activation_sites
 from lightning_noisy.replacement.snapshot import Snapshot
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["replace_activations", "restore_activations", "swap"]
 
@@ -40,8 +46,11 @@ def replace_activations(
     keep_last: int = 0,
     include: Rule | None = None,
     exclude: Rule | None = None,
+    also: Also = (),
     batchnorm_affine: Literal["keep", "strip"] = "keep",
     buffer_batchnorm: bool | str = False,
+    initialize: Literal["xavier"] | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Replace each activation of a model with a module of its own, in place.
 
@@ -77,10 +86,16 @@ def replace_activations(
         include: only these: a name pattern such as ``"layer1.*"``, a class of the modules to be replaced, a function
             from a site to a bool, or a sequence of them, of which one must match.
         exclude: not these.
-        batchnorm_affine: ``"strip"`` removes weight and bias from each batch norm directly before a replaced site. If
-            they are untrained (1 and 0), this changes nothing; otherwise a warning names what is lost.
-        buffer_batchnorm: insert a batch norm without weight and bias before the last linear layer, or before the named
-            one: as its child ``buffer``, applied to its input.
+        also: classes of your own that are activations, such as ``(MyGELU,)``; or a mapping to the plain names of their
+            functions, such as ``{MyGELU: "gelu"}``.
+        batchnorm_affine: ``"strip"`` takes weight and bias from each batch norm right before a replaced site.
+            Untrained ones, 1 and 0, change nothing; otherwise a warning names what is lost.
+        buffer_batchnorm: put a batch norm without weights before the last linear layer, or the one of that name: a
+            child ``buffer`` of it, applied to its input.
+        initialize: ``"xavier"`` draws the weights anew of the linear layers and convolutions whose outputs go straight
+            into the replaced activations, by Xavier's normal initialization, and sets their biases to 0, as ANAct's
+            authors do (section 3.1): with He's, each normalized layer doubles the variance. For untrained models.
+        strict: raise an error if something is unresolved, in place of the warning.
 
     Returns:
         ``model``, or the replacement if the model itself is an activation module.
@@ -94,34 +109,55 @@ def replace_activations(
         UserWarning: if nothing was replaced, something could not be resolved, or a pattern matches no activation;
             at an optimizer's first step, if it was made before the replacement and misses the new parameters.
 
-    >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
+    >>> replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1)), "nrelu")
     Sequential(
       (0): Linear(in_features=4, out_features=2, bias=True)
       (1): NReLU(relu, momentum=0.1, bounds=(0.2, 5.0), max_rejections=10)
+      (2): Linear(in_features=2, out_features=1, bias=True)
     )
     """
-    policy = Policy(to, gates, outputs, after_residual, keep_last, include, exclude, batchnorm_affine, buffer_batchnorm)
-    return swap(model, policy, example_inputs)[0]
+    policy = Policy(
+        to=to, gates=gates, outputs=outputs, after_residual=after_residual, keep_last=keep_last, include=include,
+        exclude=exclude, also=also, batchnorm_affine=batchnorm_affine, buffer_batchnorm=buffer_batchnorm,
+        initialize=initialize, strict=strict,
+    )  # fmt: skip
+    return swap(model, policy, example_inputs).model
 
 
-def swap(
-    model: nn.Module, policy: Policy, example_inputs: Any = None, *, later: Collection[str] = ()
-) -> tuple[nn.Module, list[nn.Module]]:
-    """Implement :func:`replace_activations`; also return the modules that are now at the chosen sites.
+@dataclass(frozen=True)
+class Swapped:
+    """What a replacement has done.
+
+    Attributes:
+        model: the model, or what has its place if it is an activation itself.
+        modules: the modules that are now at the chosen sites.
+        pairs: of each new one, with the activation that it has replaced.
+    """
+
+    model: nn.Module
+    modules: list[nn.Module]
+    pairs: list[tuple[nn.Module, nn.Module]]
+
+
+def swap(model: nn.Module, policy: Policy, example_inputs: Any = None, *, later: Collection[str] = ()) -> Swapped:
+    """Implement :func:`replace_activations`.
 
     ``later`` has the ``Policy.call`` of replacements that come afterwards: what they have installed stays.
     """
     _check_replaceable(model)
     news = policy.call, policy.of_to  # before `to` is called, which may change it
     inside = uncompiled(model)
-    sites = activation_sites(inside, example_inputs)
+    sites = activation_sites(inside, example_inputs, also=policy.also)
     for reason in policy.unmatched(sites):
         warnings.warn(f"replace_activations({type(inside).__name__}, {policy.to!r}): {reason}", stacklevel=3)
+    unresolved = [*sites.unresolved, *(f"{site.name}: its role is unknown" for site in sites if site.role == "unknown")]
+    if policy.strict and unresolved:
+        raise ValueError(f"strict=True needs all activations to be resolved. These are not: {'; '.join(unresolved)}.")
     chosen = policy.chosen(inside, sites, later)
     prints = {name: fingerprint(new) for name, new in chosen.items() if new is not None}
     if not chosen:
         _warn_unchanged(inside, sites, policy.to)
-        return model, []
+        return Swapped(model, [], [])
     # A module that stays at another site keeps its hooks.
     staying = (site.module for site in sites if site.name not in chosen)
     first_replacements = {module: module for module in staying if module is not None}
@@ -136,15 +172,23 @@ def swap(
                 else _make(site, new, inside, first_replacements)
             )
     if "" in there:
-        return there[""], [there[""]]
-    made = {site.name: there[site.name] for site in sites if there.get(site.name) not in (None, site.module)}
+        return Swapped(there[""], [there[""]], [])
+    registered = set(inside.modules())  # a call that is replaced by itself becomes a module
+    made = {
+        site.name: there[site.name]
+        for site in sites
+        if site.name in there and (there[site.name] is not site.module or site.module not in registered)
+    }
     if made:
         _put(inside, sites, made, policy)
         watch(inside, made.values())
+        if policy.initialize:
+            _initialize(inside, [site for site in sites if site.name in made])
     for site in sites:
         if (new := chosen.get(site.name)) is not None and (site.name in made or Origin.of(site.module) is not None):
             folded = (origin := Origin.of(site.module)) is not None and origin.folded
-            origin = Origin(*news, prints[site.name], site.name, written(new), registry.options_of(new), folded)
+            options = registry.options_of(new)
+            origin = Origin(*news, prints[site.name], site.name, written(new), options, site.function, folded)
             origin.leave(there[site.name])
     if made and sites.unresolved:
         warnings.warn(
@@ -152,7 +196,39 @@ def swap(
             UserWarning,
             stacklevel=3,
         )
-    return model, list(there.values())
+    if made:
+        _say(_summary(policy, sites, set(there)))
+    pairs = [(made[site.name], site.module) for site in sites if site.name in made and site.module is not None]
+    return Swapped(model, list(there.values()), [(new, old) for new, old in pairs if new is not old])
+
+
+def _summary(policy: Policy, sites: ActivationSites, there: set[str]) -> str:
+    """What was replaced, and why the others were not."""
+    left = Counter(policy.reason_to_stay(site) or "kept" for site in sites if site.name not in there)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
+    named = repr(policy.to) if isinstance(policy.to, Mapping) else written(policy.to).strip("'")
+    return (
+        f"{named}: {len(there)} of {len(sites)} activations replaced"
+        + (f"; {left.total()} left: {reasons}" if left else "")
+        + (f"; {len(sites.unresolved)} unresolved ({_joined(sites)})" if sites.unresolved else "")
+    )
+
+
+@torch.no_grad()
+def _initialize(model: nn.Module, sites: list[ActivationSite]) -> None:
+    """Draw the weights of the layers before these sites by Xavier's initialization."""
+    names = list(dict.fromkeys(name for site in sites for name in site.seen.feeders))
+    for name in names:
+        layer = model.get_submodule(name)
+        nn.init.xavier_normal_(layer.weight)  # type: ignore[arg-type]
+        if isinstance(layer.bias, nn.Parameter):
+            nn.init.zeros_(layer.bias)
+    _say(f'initialize="xavier": {", ".join(names) or "no layer goes straight into a replaced activation"}')
+
+
+def _say(text: str) -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _log.info(text)
 
 
 def _put(model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy) -> None:
@@ -186,7 +262,7 @@ def restore_activations(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if nothing was replaced in it, its normalization was folded, or its class was extended since.
 
-    >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "nrelu")
+    >>> model = replace_activations(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1)), "nrelu")
     >>> restore_activations(model)[1]
     ReLU()
     """
@@ -277,7 +353,11 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
                 setattr(function, hooks, type(getattr(function, hooks))())
         return registry.create(name, function=function, **options)
     if isinstance(new, str):
-        return registry.create(name, function=site.function, **options)
+        of: Any = site.function
+        limits = (site.module.min_val, site.module.max_val) if type(site.module) is nn.Hardtanh else (-1, 1)
+        if name in registry.NOISY and limits != (-1, 1):  # which are those of the name
+            of = nn.Hardtanh(*limits), nn.Identity()
+        return registry.create(name, function=of, **options)
     if inspect.isclass(new):
         try:
             return cast(nn.Module, new())

@@ -122,7 +122,7 @@ def test_every_hidden_call_is_found_or_named(name):
         model(**inputs)
     assert counter.count == calls
     found = activation_sites(model, inputs)
-    assert len(found) == sites
+    assert len([site for site in found if site.role != "unused"]) == sites
     if name == "Mamba":
         named = [reason for reason in found.unresolved if "the source of its class doesn't show" in reason]
         assert len(named) == 4  # silu and softplus in each of two layers

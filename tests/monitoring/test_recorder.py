@@ -81,7 +81,7 @@ def test_recorder_measures_prelu(dtype, channels):
     result = record(nn.PReLU(channels).to(dtype), x)
     share = (x > 0).double().mean().item()
     assert result["rho_prime"] == pytest.approx([share + (1 - share) * 0.25**2], rel=1e-5)
-    normalized = replace_activations(nn.Sequential(nn.PReLU(channels).to(dtype)), "normalized")
+    normalized = replace_activations(nn.Sequential(nn.PReLU(channels).to(dtype)), "normalized", outputs=True)
     assert record(normalized, x)["saturation"] == [0]
 
 

@@ -81,7 +81,7 @@ def test_instances_are_not_folded():
 
 
 def test_instances_by_name():
-    model = replace_activations(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "nsw(instance_dims=(1,))")
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "nsw(instance_dims=(1,))")
     assert "instance_dims=(1,)" in repr(model)
     torch.testing.assert_close(model(normal(3, 4))[:1], model(normal(3, 4)[:1]))
 

@@ -17,13 +17,13 @@ def test_stripped_batch_norms_keep_their_statistics_and_what_is_lost_is_said():
     model(IMAGE)
     expected = copy.deepcopy(model).eval()(IMAGE)
     plain = copy.deepcopy(model)
-    replace_activations(plain, lambda site: nn.ReLU(inplace=True), batchnorm_affine="strip")
+    replace_activations(plain, lambda site: nn.ReLU(inplace=True), batchnorm_affine="strip", outputs=True)
     assert plain.bn.weight is None
     assert torch.equal(plain.eval()(IMAGE), expected)
     assert restore_activations(plain).bn.weight is not None
     nn.init.constant_(model.bn.weight, 2.0)
     with pytest.warns(UserWarning, match="Weight and bias of bn were trained, and are gone"):
-        replace_activations(model, "nsw", batchnorm_affine="strip")
+        replace_activations(model, "nsw", batchnorm_affine="strip", outputs=True)
 
 
 def test_a_batch_norm_goes_before_the_head():

@@ -11,7 +11,7 @@ from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
 
 def trained(model, x, to="nsw"):
     """Swapped, with running values and parameters that aren't those of the beginning."""
-    replace_activations(model, to, after_residual=True)
+    replace_activations(model, to, after_residual=True, outputs=True)
     for scale in (1.0, 2.0):
         model(scale * x + 0.3)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_folded_activations_are_not_restored(clone, again):
     with pytest.warns(UserWarning, match="stay normalized: 0.3"):
         model = clone(fold_normalization(model.eval(), x))
     if again is not None:
-        replace_activations(model, again)
+        replace_activations(model, again, outputs=True)
     output = model(x)
     with pytest.raises(ValueError, match=r"put the normalization of 0\.1 into the weights of the next.*Restore before"):
         restore_activations(model)
@@ -200,7 +200,7 @@ def test_the_same_replacement_leaves_what_was_folded():
     x = torch.randn(32, 4)
     model = trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), x).eval()
     expected = fold_normalization(model, x)(x)
-    replace_activations(model, "nsw", after_residual=True)
+    replace_activations(model, "nsw", after_residual=True, outputs=True)
     assert torch.equal(model(x), expected)
     replace_activations(model, {"silu": "nrelu"})
     assert type(model[1]) is NReLU

@@ -49,7 +49,7 @@ def test_parameters_follow_dtype_and_freezing_of_their_owner():
 
 
 def test_prelu_is_restored_with_the_dtype_of_the_model():
-    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "nsw").double()
+    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "nsw", outputs=True).double()
     assert restore_activations(model)(ROWS.double()).dtype == torch.float64
 
 

@@ -56,7 +56,7 @@ def test_replace_returns_a_new_module_if_the_root_is_an_activation():
 
 def test_replace_reaches_an_alias_in_one_parent():
     act = nn.ReLU()
-    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu")
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu", outputs=True)
     assert not any(isinstance(module, nn.ReLU) for module in model.modules())
     assert model[1] is not model[3]
 
@@ -70,7 +70,7 @@ def test_replace_gives_an_instance_shared_between_parents_to_each_its_own():
 
 def test_replace_keeps_a_shared_block_shared():
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    model = replace_activations(nn.Sequential(block, block), "nrelu")
+    model = replace_activations(nn.Sequential(block, block, nn.Linear(4, 4)), "nrelu")
     assert model[0] is model[1]
     assert len(activation_sites(model)) == 1
 
@@ -213,7 +213,7 @@ def test_replace_keeps_hooks_and_their_handles_work():
 def test_replacements_of_an_alias_have_hooks_of_their_own():
     act, calls = nn.ReLU(), []
     act.register_forward_hook(lambda *_: calls.append("old"))
-    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu")
+    model = replace_activations(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act), "nrelu", outputs=True)
     model[1].register_forward_hook(lambda *_: calls.append("new"))
     model(torch.randn(2, 4))
     assert sorted(calls) == ["new", "old", "old"]
@@ -396,7 +396,7 @@ def test_sites_are_listed_in_order_without_a_change():
         ("0.reduce.3", "sigmoid", "0.reduce"),
         ("1", "relu6", ""),
     ]
-    assert [s.is_gate for s in sites] == [False, None, None]
+    assert [s.role for s in sites] == ["hidden", "gate", "output"]
     lines = str(sites).splitlines()
     assert len(lines) == 4
     assert (
@@ -420,7 +420,7 @@ def test_noisy_names_go_to_saturating_sites_each_with_its_own_hard_function():
     before = list(model)
     replace_activations(model, "nah(alpha=1.1, c=2)")
     assert all(now is then for now, then in zip(model, before, strict=True))
-    replace_activations(model, {"sigmoid": "nan"})
+    replace_activations(model, {"sigmoid": "nan"}, outputs=True)
     assert (type(model[7]), model[7].function_name) == (NAN, "sigmoid")
 
 

@@ -119,7 +119,7 @@ def test_outputs_are_seen():
     ],
 )
 def test_whatever_is_held_as_an_attribute_is_found(act, kind, function):
-    (site,) = activation_sites(FeedForward(act), ROWS)
+    (site,) = activation_sites(FeedForward(act), ROWS, also={NewGELU: "gelu", QuickGELU: "quickgelu"})
     assert (site.name, site.kind, site.function) == ("act", kind, function)
 
 
@@ -170,8 +170,7 @@ def test_what_is_not_called_is_no_site_of_a_forward_pass():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model[0].unused = nn.Tanh()
     sites = activation_sites(model, ROWS)
-    assert names(sites) == ["1"]
-    assert sites.unresolved == ["0.unused: not called with these example inputs"]
+    assert [(site.name, site.role) for site in sites] == [("1", "output"), ("0.unused", "unused")]
 
 
 def test_recurrent_layers_are_listed():
@@ -211,5 +210,4 @@ def test_example_inputs_are_positional_or_named():
     assert len(activation_sites(Two(), (ROWS, ROWS))) == 2
     assert len(activation_sites(Two(), {"x": ROWS, "y": ROWS})) == 2
     sites = activation_sites(Two(), ROWS)
-    assert names(sites) == [":relu#0"]
-    assert sites.unresolved == [":gelu#0: not called with these example inputs"]
+    assert [(site.name, site.role) for site in sites] == [(":relu#0", "output"), (":gelu#0", "unused")]

@@ -1,0 +1,186 @@
+"""What an activation is to its model, by the data flow: hidden, a gate, or an output.
+
+==============================================  ==========================================================
+what becomes of the activation's output         what it is
+==============================================  ==========================================================
+it reaches a layer (an operation with a         hidden
+parameter) before it leaves the model
+it reaches none                                 an output, or part of a loss
+a product with another branch, and it is        a gate, unless the other branch descends from it (then it
+sigmoid-like                                    is the trunk), is a mask, a parameter, a constant or itself
+a product with another branch, and it is        a gate, unless the other branch is, or descends from it
+tanh-like
+a product with another learned map of the       a gate (of a gated linear unit)
+tensor that its input is a learned map of
+a product with random numbers, and it is        a standard deviation; counts as a gate
+sigmoid-like
+it becomes such a factor through other          part of the gate's formula
+activations, with no layer in between
+==============================================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning_noisy.replacement.graph import Graph, Node
+
+__all__ = ["Fate", "fates"]
+
+SIGMOID_LIKE = frozenset({"sigmoid", "hardsigmoid", "logsigmoid", "softplus"})
+TANH_LIKE = frozenset({"tanh", "hardtanh", "softsign"})
+# What gates and output layers are made of: such a function stays where its fate is not known.
+GATE_OR_OUTPUT = SIGMOID_LIKE | TANH_LIKE
+
+
+class Fate:
+    """What one call of an activation is; None where that is not known.
+
+    Attributes:
+        is_hidden: whether its output reaches a layer.
+        is_gate: whether it is a factor that gates another branch.
+        after_residual: whether its input is the sum of two branches.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.is_hidden = _reaches_layer(node)
+        self.is_gate: bool | None = False
+        self.after_residual = _is_residual(node.inputs[0]) if node.inputs else None
+
+
+def fates(graph: Graph) -> dict[Node, Fate]:
+    """The fate of each call of a site in a pass."""
+    found = {node: Fate(node) for node in graph.sites}
+    for factors in graph.products:
+        for factor, other in (factors, factors[::-1]):
+            for site, is_gate in _gates(factor, other):
+                found[site].is_gate = _either(found[site].is_gate, is_gate)
+    for node in graph.sites:
+        if _function(node) in SIGMOID_LIKE and _scales_random(node):
+            found[node].is_gate = True
+    # What a gate consists of is part of it.
+    for node in graph.sites:
+        if found[node].is_gate:
+            for part in _formula(node):
+                found[part].is_gate = True
+    return found
+
+
+def _either(known: bool | None, new: bool | None) -> bool | None:
+    return True if known or new else None if None in (known, new) else False
+
+
+def _function(node: Node) -> str:
+    return str(node.site.function)
+
+
+def _elementwise(node: Node) -> bool:
+    return node.kind not in ("site", "layer", "input", "unknown", "mask")
+
+
+def _linear(node: Node) -> bool:
+    """Whether a learned map may have this among its operations."""
+    return node.kind in ("layer", "scale", "move", "other")
+
+
+def _sites_in(factor: Node) -> list[Node]:
+    """The activations that a factor consists of."""
+    return [node for node in factor.back(_elementwise) if node.kind == "site"]
+
+
+def _gates(factor: Node, other: Node) -> Iterator[tuple[Node, bool | None]]:
+    """The sites in a factor of a product, and whether each is a gate of the other factor."""
+    inside, beside = _sites_in(factor), _sites_in(other)
+    sigmoid_beside = any(_function(each) in SIGMOID_LIKE for each in beside if each not in inside)
+    for site in inside:
+        if other.descends_from(site):  # it is the trunk
+            continue
+        if _function(site) in SIGMOID_LIKE or (_function(site) in TANH_LIKE and not sigmoid_beside):
+            source = _source(other)
+            if source == "unknown" and not factor.descends_from(other):
+                yield site, None
+            elif source != "input" or any(factor.descends_from(each) for each in _ends(other)):
+                yield site, True
+        elif not beside and _is_map_of_same(site, other) and _is_near(factor, site):
+            yield site, True
+
+
+def _ends(node: Node) -> list[Node]:
+    return [each for each in node.back(lambda each: each.kind in ("move", "scale")) if each.is_data]
+
+
+def _source(node: Node) -> str:
+    """The kind of what a factor is made of by moving and scaling alone."""
+    kinds = {each.kind for each in _ends(node)} - {"move", "scale"}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _is_near(factor: Node, site: Node) -> bool:
+    """Whether a factor is the activation, moved or scaled."""
+    return any(each is site for each in factor.back(lambda each: each.kind in ("move", "scale")))
+
+
+def _is_map_of_same(site: Node, other: Node) -> bool:
+    """Whether an activation's input and another factor are learned maps of one tensor."""
+    first = set(site.inputs[0].back(_linear)) if site.inputs else set()
+    second = set(other.back(_linear))
+    if not all(any(node.kind == "layer" for node in nodes) for nodes in (first, second)):
+        return False
+    return any(node.is_data for node in first & second)
+
+
+def _scales_random(site: Node) -> bool:
+    near = site.ahead(lambda node: node.kind in ("move", "scale"))
+    return any(node.kind == "scale" and any(each.kind == "random" for each in node.inputs) for node in near)
+
+
+def _formula(gate: Node) -> Iterator[Node]:
+    """The activations in a gate's formula: what leads to it with no layer in between, and is in no other use."""
+    for before in gate.inputs:
+        for node in before.back(lambda node: _elementwise(node) or node.kind == "site"):
+            if node.kind == "site" and all(_only_into(each, gate) for each in node.users):
+                yield node
+
+
+def _only_into(node: Node, gate: Node) -> bool:
+    return node is gate or (_elementwise(node) and bool(node.users) and all(_only_into(e, gate) for e in node.users))
+
+
+def _reaches_layer(node: Node) -> bool | None:
+    """Whether a value reaches a layer; None if it leaves what was looked at."""
+    ahead = list(node.ahead(lambda each: each.kind not in ("layer", "mask")))
+    if any(each.kind == "layer" for each in ahead):
+        return True
+    return None if any(each.kind == "unknown" for each in ahead) else False
+
+
+def _is_residual(node: Node) -> bool | None:
+    """Whether a value is the sum of two branches, moved or scaled perhaps."""
+    for each in node.back(lambda each: each.kind in ("move", "scale")):
+        if each.kind == "sum":
+            terms = [term for term in dict.fromkeys(each.inputs) if term.is_data]
+            return len(terms) > 1 and not _are_separate_maps(terms)
+        if each.kind == "unknown":
+            return None
+    return False
+
+
+def _are_separate_maps(terms: list[Node]) -> bool:
+    """Whether two terms are learned maps of different inputs, neither of which leads to the other."""
+    first, second = (_map_inputs(term) for term in terms[:2])
+    if not first or not second:
+        return False
+    return not any(a.descends_from(b) or b.descends_from(a) for a in first for b in second)
+
+
+def _map_inputs(node: Node) -> list[Node]:
+    """What goes into the first of the layers that lead straight to a value; nothing if none does."""
+    inputs: list[Node] = []
+    waiting = [node]
+    while waiting:
+        near = (each for start in waiting for each in start.back(lambda each: each.kind in ("move", "scale")))
+        layer = next((each for each in near if each.kind == "layer"), None)
+        if layer is None:
+            break
+        inputs = waiting = [each for each in layer.inputs if each.is_data]
+    return inputs

@@ -1,0 +1,158 @@
+"""The data flow of a forward pass as a graph: which operation takes in what, by what matters to activations.
+
+An observed pass and a traced one both call :meth:`Graph.apply` for each operation, so that the same rules hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Graph", "Node"]
+
+_MOVES = {
+    "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "dropout", "dropout1d", "dropout2d",
+    "dropout3d", "feature_dropout", "alpha_dropout", "view", "contiguous", "t", "T", "mT", "swapaxes", "movedim",
+    "expand", "expand_as", "to", "float", "half", "double", "bfloat16", "type", "type_as", "view_as", "reshape_as",
+    "getitem", "clone", "chunk", "split", "tensor_split", "unbind", "detach", "narrow", "select", "unflatten", "repeat",
+    "pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "flip", "roll", "gather", "index_select",
+    "masked_fill", "where", "clamp", "clip", "clamp_min", "clamp_max", "cpu", "cuda", "setitem", "pixel_shuffle",
+    "nan_to_num",
+}  # fmt: skip
+_PRODUCTS = {"mul", "rmul", "imul", "multiply"}
+_QUOTIENTS = {"div", "truediv", "itruediv", "true_divide", "divide"}
+_SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
+_SCALES = {"neg", "negative", "rtruediv", "reciprocal", "square", "pow", "rpow", "sqrt"}
+_RANDOM = {"randn", "rand", "randn_like", "rand_like", "normal_", "uniform_", "exponential_"}
+_MASKS = {
+    "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isfinite", "isinf", "logical_and", "logical_or", "logical_not",
+    "bool", "int", "long", "argmax", "argmin", "argsort", "size", "dim", "numel", "shape", "device", "dtype",
+}  # fmt: skip
+
+
+class Node:
+    """A value in a pass.
+
+    Attributes:
+        kind: ``"input"`` of the model, ``"index"`` if it is of integers; ``"unknown"``; ``"constant"``,
+            ``"parameter"`` and ``"random"`` where nothing else goes in; ``"mask"`` of what is not floating point;
+            ``"site"`` of an activation; ``"layer"`` where a parameter meets data; ``"product"`` and ``"sum"`` of
+            several branches; ``"scale"`` by a constant or a parameter; ``"move"``; or ``"other"``.
+        inputs: what goes in.
+        is_data: whether it is of floating point and depends on the model's inputs.
+        depends: whether it depends on them at all.
+        users: what it goes into.
+        site: the site, of its kind.
+        module: the layer whose output it is.
+    """
+
+    __slots__ = ("depends", "inputs", "is_data", "kind", "module", "site", "users")
+
+    def __init__(self, kind: str, inputs: Iterable[Node] = (), *, site: Any = None) -> None:
+        self.kind = kind
+        self.inputs = tuple(inputs)
+        self.users: list[Node] = []
+        self.site = site
+        self.module: nn.Module | None = None
+        source = kind in ("input", "unknown", "site", "layer")
+        self.is_data: bool = kind not in ("mask", "index") and (source or any(n.is_data for n in self.inputs))
+        self.depends: bool = kind == "index" or source or any(n.depends for n in self.inputs)
+        for node in self.inputs:
+            node.users.append(self)
+
+    def back(self, through: Callable[[Node], bool]) -> Iterator[Node]:
+        """This node, and those that lead here, as far as they may be passed."""
+        yield from _walk(self, lambda node: node.inputs, through)
+
+    def ahead(self, through: Callable[[Node], bool]) -> Iterator[Node]:
+        """This node, and those that it leads to, as far as they may be passed, this one in any case."""
+        yield from _walk(self, lambda node: node.users, lambda node: node is self or through(node))
+
+    def descends_from(self, other: Node) -> bool:
+        """Whether the other one leads here."""
+        return any(node is other for node in self.back(lambda _: True))
+
+
+def _walk(start: Node, following: Callable[[Node], Iterable[Node]], through: Callable[[Node], bool]) -> Iterator[Node]:
+    seen, waiting = {id(start)}, [start]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if through(node):
+            for each in following(node):
+                if id(each) not in seen:
+                    seen.add(id(each))
+                    waiting.append(each)
+
+
+class Graph:
+    """Makes nodes of operations."""
+
+    def __init__(self) -> None:
+        self.sites: list[Node] = []
+        self.products: list[tuple[Node, Node]] = []  # of two branches
+        self.last_layer: nn.Module | None = None  # that was called
+
+    def site(self, inputs: Iterable[Node], site: Any) -> Node:
+        """The call of an activation."""
+        node = Node("site", inputs, site=site)
+        self.sites.append(node)
+        return node
+
+    def apply(self, name: str, inputs: list[Node], *, arguments: tuple[Any, ...] = (), floating: bool = True) -> Node:
+        """An operation.
+
+        Args:
+            name: of the function or the method.
+            inputs: the tensors among its arguments, in their order.
+            arguments: its positional arguments, with nodes in the place of tensors.
+            floating: whether the result is of floating point.
+        """
+        if name in _RANDOM:
+            return Node("random")
+        name = name.strip("_")
+        if not floating or name in _MASKS:
+            return Node("mask", inputs)
+        data = list(dict.fromkeys(node for node in inputs if node.is_data))
+        if not data:
+            learned = any(node.kind == "parameter" for node in inputs)
+            if learned and any(node.depends and node.kind != "parameter" for node in inputs):
+                return Node("layer", inputs)  # an embedding
+            return Node("parameter" if learned else "constant", inputs)
+        if name in _PRODUCTS:
+            return self._product(data, inputs)
+        if name in _QUOTIENTS:
+            return self._quotient(data, inputs)
+        if name in _SUMS:
+            return Node("sum" if len(data) > 1 else "scale", inputs)
+        if name == "lerp":
+            start, end, *weight = [each for each in arguments if isinstance(each, Node)]
+            mixed = Node("sum", [start, end])
+            return self._product([mixed, *weight], [mixed, *weight]) if weight and weight[0].is_data else mixed
+        if name in ("addcmul", "addcdiv"):
+            first, *factors = inputs
+            kept = [node for node in dict.fromkeys(factors) if node.is_data]
+            product = (self._product if name == "addcmul" else self._quotient)(kept, factors) if kept else None
+            return Node("sum", [first, product or Node("constant", factors)])
+        if any(node.kind == "parameter" for node in inputs):
+            return Node("layer", inputs)
+        if name == "einsum":
+            return self._product(data, inputs)
+        if name in _MOVES:
+            return Node("move", inputs)
+        return Node("scale" if name in _SCALES else "other", inputs)
+
+    def _product(self, data: list[Node], inputs: list[Node]) -> Node:
+        if len(data) < 2:  # by a constant, a parameter or itself
+            return Node("scale", inputs)
+        product = Node("product", inputs)
+        self.products.append((data[0], data[1]))
+        return product
+
+    def _quotient(self, data: list[Node], inputs: list[Node]) -> Node:
+        # A norm of the first, perhaps.
+        if len(data) < 2 or data[0] in data[1].back(lambda node: node.kind not in ("layer", "site")):
+            return Node("scale", inputs)
+        return self._product(data, inputs)

@@ -1,0 +1,511 @@
+"""What people write, and what a swap made of it once: replaced losses, raised in training, left traces."""
+
+import copy
+import functools
+import io
+import random
+
+import lightning as L
+import numpy
+import pytest
+import torch
+from helpers import loader, quiet_trainer
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_noisy import ActivationReplacement, activation_sites, replace_activations
+from lightning_noisy.nn import NAH, NSwish
+
+ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+def roles(sites):
+    return {site.name: site.role for site in sites}
+
+
+def swished(model):
+    return [name for name, module in model.named_modules() if isinstance(module, NSwish)]
+
+
+# Looking
+
+
+class Busy(nn.Module):
+    """Changes all that it can in its forward."""
+
+    seen = 0
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.register_buffer("ema", torch.zeros(6))
+        self.log, self.norm = [], nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        self.ema = 0.9 * self.ema + 0.1 * x.mean(0)
+        self.log.append(float(random.random() + numpy.random.rand() + torch.rand(())))
+        self.last_input = x
+        return self.last(F.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("inputs", [None, ROWS])
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_changes_nothing(inputs, training):
+    model = Busy().train(training)
+    hooked = []
+    model.first.register_forward_hook(lambda *_: hooked.append(1))
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    state, log = copy.deepcopy(model.state_dict()), list(model.log)
+    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert roles(activation_sites(model, inputs)) == {":relu#0": "hidden"}
+    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert {module: dict(vars(module)) for module in model.modules()} == attributes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert (model.log, hooked) == (log, [])
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+def test_no_module_of_the_user_is_run_to_find_out_what_it_is():
+    class Log(nn.Module):
+        def forward(self, x):
+            raise AssertionError("was run")
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(30 * x)
+
+    model = nn.Sequential(Sine(), nn.Linear(6, 6), Log(), nn.Linear(6, 6))
+    assert list(activation_sites(model)) == []
+    assert roles(activation_sites(nn.Sequential(nn.Linear(6, 6), Sine(), nn.Linear(6, 6)), also=(Sine,))) == {
+        "1": "hidden"
+    }
+    with pytest.raises(TypeError, match="also must have classes of modules, such as"):
+        activation_sites(model, also=(torch.sin,))
+
+
+def test_what_can_not_be_copied_is_named():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.file, self.first, self.act, self.last = open(__file__), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)  # noqa: SIM115
+
+        def forward(self, x):
+            return self.last(self.act(self.first(x)))
+
+    model = Locked()
+    sites = activation_sites(model)
+    assert "can't be copied" in sites.unresolved[0]
+    assert roles(sites) == {"act": "hidden"}
+    model.file.close()
+
+
+# Loops, shared weights, other entries
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.cell = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 6)
+
+    def encode(self, x):
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+    def recur(self, x, count):
+        for _ in range(count):
+            x = torch.tanh(self.cell(x))
+        return x
+
+    def forward(self, x):
+        return self.recur(self.encode(x), 2)
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child, self.head = Encoder(), nn.Linear(6, 2)
+
+    def forward(self, x, count=3):
+        return self.head(self.child.recur(self.child.encode(x), count))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inputs", [None, ROWS])
+def test_methods_of_a_child_and_loops_of_any_length_run_after_a_swap(inputs):
+    model = replace_activations(Parent(), "nsw", example_inputs=inputs)
+    for count in (3, 1, 7):
+        for _ in range(3):
+            model(ROWS, count).sum().backward()
+    model.child(ROWS)
+    model.child.encode(ROWS)
+    assert len({id(module) for module in model.modules() if isinstance(module, NSwish)}) == 4  # 3 layers and the cell
+
+
+def test_siamese_branches_share_their_activations():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def encode(self, x):
+            return self.last(F.relu(self.first(x)))
+
+        def forward(self, a, b):
+            return self.encode(a) - self.encode(b)
+
+    for inputs in (None, (ROWS, ROWS + 1)):
+        model = replace_activations(Siamese(), "nsw", example_inputs=inputs)
+        for training in (True, False):
+            assert not model.train(training)(ROWS, ROWS).any()
+        assert len(swished(model)) == 1
+
+
+def test_a_module_that_is_reached_in_several_ways_has_a_state_for_each_layer():
+    class Reached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.acts = nn.ModuleDict({"relu": nn.ReLU()})
+            self.drop = nn.Sequential(nn.ReLU(), nn.Dropout(0.0))
+            self.child = nn.Module()
+            self.child.act = nn.ReLU()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(7))
+
+        def forward(self, x):
+            a, b, c, d, e, f, g = self.layers
+            x = self.acts["relu"](b(self.acts["relu"](a(x))))
+            x = self.drop(d(self.drop(c(x))))
+            return g(self.child.act(f(self.child.act(e(x)))))
+
+    for inputs in (None, ROWS):
+        model = replace_activations(Reached(), "nsw", example_inputs=inputs)
+        for scale in (1, 2, 3):
+            model(scale * ROWS)
+        modules = [module for module in model.modules() if isinstance(module, NSwish)]
+        assert [module.num_batches_tracked.item() for module in modules] == [3] * 6
+        assert len({module.running_mean.item() for module in modules}) == 6
+        twin = copy.deepcopy(model)
+        twin(ROWS)
+        assert {module.num_batches_tracked.item() for module in modules} == {3}
+        assert {m.num_batches_tracked.item() for m in twin.modules() if isinstance(m, NSwish)} == {4}
+
+
+# Losses
+
+
+class Losses(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def hinge(self, score, y):
+        return F.relu(1 - y * score).mean()
+
+    def training_step(self, batch, index):
+        score = self(batch)
+        y = torch.ones_like(score)
+        likely = F.binary_cross_entropy(torch.sigmoid(score), y)
+        return self.hinge(score, y) - F.logsigmoid(score).mean() + likely
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("inputs", [None, ROWS])
+@pytest.mark.parametrize("to", ["nsw", {"relu": "nsw", "logsigmoid": "nsw", "sigmoid": "nsw"}])
+def test_losses_stay(inputs, to):
+    model = Losses()
+    sites = activation_sites(model, inputs)
+    assert roles(sites)["net.1"] == "hidden"
+    assert {site.role for site in sites if site.name != "net.1"} <= {"output", "unknown", "unused"}
+    replace_activations(model, to, example_inputs=inputs)
+    assert swished(model) == ["net.1"]
+    score = torch.full((4, 1), 3.0)
+    assert model.hinge(score, torch.ones(4, 1)) == 0
+
+
+# Sources
+
+
+def relu(x):
+    return x.clamp_min(0)
+
+
+class Local(nn.Module):
+    """A name that means something else here."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.g = nn.Linear(6, 6), nn.Linear(6, 6), F.gelu
+
+    def forward(self, x, kind="relu"):
+        def relu(z):
+            return z + 1
+
+        text = """
+a line at the beginning
+"""
+        # a comment at the beginning of a line
+        match kind:
+            case str() as tanh:
+                tanh = tanh.upper()
+        x = self.g(self.first(x), approximate="tanh")
+        return self.last(relu(x)) if text else x
+
+
+class Kinds(nn.Sequential):
+    """Looks at types and children, in a helper."""
+
+    def layers(self):
+        return [child for child in self.children() if type(child) is not nn.Identity]
+
+    def forward(self, x):
+        for layer in self.layers():
+            x = layer(x) if type(layer) is Block else F.relu(layer(x))
+        return self[-1](x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("make", [Local, lambda: Kinds(nn.Linear(6, 6), Block(), nn.Linear(6, 6))])
+@pytest.mark.parametrize("inputs", [None, ROWS])
+@pytest.mark.filterwarnings("ignore:replace_activations")
+def test_a_swap_by_itself_gives_the_same_or_nothing(make, inputs):
+    torch.manual_seed(0)
+    model = make()
+    expected = model(ROWS)
+    replace_activations(
+        model,
+        lambda site: copy.deepcopy(site.module),
+        example_inputs=inputs,
+        gates=True,
+        outputs=True,
+        after_residual=True,
+    )
+    assert torch.equal(model(ROWS), expected)
+    replace_activations(model, "nsw", example_inputs=inputs)
+    assert model(ROWS).isfinite().all()
+
+
+def without_wraps(function):
+    return lambda *arguments: function(*arguments)
+
+
+class Hidden(nn.Module):
+    """Activations where no source shows them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+        if how == "lambda":
+            self.act = lambda x: F.relu(x)
+        elif how == "partial":
+            self.act = functools.partial(F.relu, inplace=True)
+        elif how == "bound":
+            self.act = self.squash
+        elif how == "decorated":
+            self.act = without_wraps(F.relu)
+
+    def squash(self, x):
+        return torch.relu(x)
+
+    def default(self, x, act=F.relu):
+        return act(x)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.default(x) if self.how == "default" else self.act(x))
+
+
+@pytest.mark.parametrize("how", ["lambda", "partial", "bound", "decorated", "default"])
+def test_activations_that_no_call_shows_are_replaced_or_named(how):
+    for inputs in (None, ROWS):
+        sites = activation_sites(Hidden(how), inputs)
+        assert "hidden" in roles(sites).values() or sites.unresolved
+
+
+def test_a_held_function_whose_calls_can_not_be_read_stays():
+    code = {}
+    source = "def forward(self, x): return self.last(self.g(self.first(x), approximate='tanh'))"
+    exec(compile(source, "<of its own>", "exec"), code)
+    model = type("Unread", (nn.Module,), {"forward": code["forward"]})()
+    model.first, model.last, model.g = nn.Linear(6, 6), nn.Linear(6, 6), F.gelu
+    for inputs in (None, ROWS):
+        sites = activation_sites(model, inputs)
+        assert list(sites) == []
+        assert "(root): g, a gelu: the source that calls it can't be read" in sites.unresolved[0]
+
+
+# Unused
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.act, self.other = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Tanh()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(6))
+
+    def forward(self, x, extra=None):
+        if extra is not None:
+            x = self.other(x)
+        for layer in self.layers:
+            if not (self.training and random.random() < 0.5):  # LayerDrop
+                x = x + layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("inputs", [None, ROWS])
+@pytest.mark.parametrize("seed", range(3))
+def test_unused_places_stay_and_dropped_layers_are_all_seen(inputs, seed):
+    random.seed(seed)
+    model = Branches()
+    sites = activation_sites(model, inputs)
+    assert roles(sites) == {"act": "unused", "other": "unused", **{f"layers.{i}.1": "hidden" for i in range(6)}}
+    replace_activations(model, "nsw", example_inputs=inputs)
+    assert swished(model) == [f"layers.{i}.1" for i in range(6)]
+
+
+# Options
+
+
+def test_hardtanh_keeps_its_limits_as_a_noisy_one():
+    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.Hardtanh(-2, 2), nn.Linear(6, 6)), "nah")
+    x = torch.linspace(-4, 4, 9)
+    if isinstance(model[1], NAH):
+        model[1].alpha = 1.0
+        model[1].c.zero_()
+        assert torch.equal(model[1].eval()(x), x.clamp(-2, 2))
+    else:
+        assert isinstance(model[1], nn.Hardtanh)
+
+
+class Examples(Losses):
+    def __init__(self, array):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1))
+        self.example_input_array = array
+
+
+@pytest.mark.filterwarnings("ignore:replace_activations")
+@pytest.mark.parametrize("array", [torch.randn(1, 6), [ROWS], torch.randn(2, 5)])
+def test_example_inputs_of_a_module_that_do_not_suit_it_do_not_stop_a_run(array):
+    model = Examples(array)
+    quiet_trainer(callbacks=[ActivationReplacement("nsw")], max_steps=1).fit(model, loader([ROWS]))
+    assert swished(model) == ["net.2"]
+
+
+def test_keep_last_keeps_the_one_that_is_called_last():
+    class Order(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late, self.early = nn.ReLU(), nn.ReLU()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.c(self.late(self.b(self.early(self.a(x)))))
+
+    for inputs in (None, ROWS):
+        assert swished(replace_activations(Order(), "nsw", keep_last=1, example_inputs=inputs)) == ["early"]
+
+
+def test_a_swap_says_in_one_line_what_it_did(caplog):
+    def made():
+        return nn.Sequential(
+            nn.Linear(6, 6),
+            nn.ReLU(),
+            nn.Linear(6, 6),
+            nn.SiLU(),
+            nn.Linear(6, 6),
+            nn.Tanh(),
+            nn.Linear(6, 1),
+            nn.Sigmoid(),
+        )
+
+    with caplog.at_level("INFO", "lightning_noisy"):
+        replace_activations(made(), "nsw")
+        replace_activations(made(), {"relu": "nrelu"}, exclude="3")
+        replace_activations(made(), NSwish, outputs=True, keep_last=1)
+        replace_activations(replace_activations(made(), "nsw"), "nsw")
+    assert [record.message for record in caplog.records] == [
+        "nsw: 3 of 4 activations replaced; 1 left: 1 output",
+        "{'relu': 'nrelu'}: 1 of 4 activations replaced; 3 left: 1 excluded, 1 other function, 1 output",
+        "NSwish: 3 of 4 activations replaced; 1 left: 1 kept",
+        "nsw: 3 of 4 activations replaced; 1 left: 1 output",
+    ]
+
+
+def test_strict_refuses_what_is_unresolved_and_changes_nothing():
+    model = Hidden("lambda")
+    model.extra = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    before = repr(model)
+    with pytest.raises(ValueError, match="strict=True needs all activations to be resolved.*act, which mentions relu"):
+        replace_activations(model, "nsw", strict=True)
+    assert repr(model) == before
+    replace_activations(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), "nsw", strict=True)
+
+
+def test_an_identity_turns_calls_into_modules():
+    torch.manual_seed(0)
+    model = Block()
+    expected = model(ROWS)
+    replace_activations(model, {"relu": "relu"})
+    assert type(model.activation_calls["relu#0"]) is nn.ReLU
+    assert torch.equal(model(ROWS), expected)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(4, 3, 16, 16)])
+def test_initialization_of_the_layers_before_normalized_activations(inputs, caplog):
+    class Fire(nn.Module):
+        """SqueezeNet's block."""
+
+        def __init__(self, channels):
+            super().__init__()
+            self.squeeze, self.act = nn.Conv2d(channels, 16, 1), nn.ReLU(inplace=True)
+            self.one, self.three = nn.Conv2d(16, 64, 1), nn.Conv2d(16, 64, 3, padding=1)
+
+        def forward(self, x):
+            x = self.act(self.squeeze(x))
+            return torch.cat([self.act(self.one(x)), self.act(self.three(x))], 1)
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 64, 3), nn.ReLU(), *(Fire(64 if i == 0 else 128) for i in range(6)), nn.Conv2d(128, 10, 1)
+        )
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+        return model
+
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    size = {}
+    for initialize in (None, "xavier"):
+        with caplog.at_level("INFO", "lightning_noisy"):
+            model = replace_activations(made(), "nsw", example_inputs=inputs, initialize=initialize)
+        size[initialize] = model(x).square().mean().item()
+    # By fan_in * 2 / (fan_in + fan_out) of the first layer, of each squeeze and expansion, and twice by the last.
+    expected = 2 * 27 * 2 / (27 + 576) * (64 * 2 / 80) * 0.4 * (128 * 2 / 144 * 0.4) ** 5
+    assert size["xavier"] == pytest.approx(expected, rel=0.5)
+    assert size[None] > 50
+    assert 'initialize="xavier": 0, 2.squeeze, 2.one, 2.three,' in caplog.text
+    assert torch.equal(model[-1].weight, made()[-1].weight)  # no activation follows
+
+
+def test_swapping_again_after_c_changed_keeps_what_was_learned():
+    model = replace_activations(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), "nah(c=0.5)")
+    before, p = model[1], model[1].p.clone()
+    model[1].c.fill_(0.1)
+    replace_activations(model, "nah(c=0.5)")
+    assert model[1] is before
+    assert torch.equal(model[1].p, p)
