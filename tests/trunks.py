@@ -309,6 +309,25 @@ class RecurrentCell(nn.Module):
         return self.head(h)
 
 
+class Positive(nn.Module):
+    """What would break if it were no longer positive, bounded, or a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.head = (nn.Linear(6, 6) for _ in range(5))
+        self.weights = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        weights = F.relu(self.weights)
+        weights = weights / (weights.sum() + 1e-4)
+        x = weights[0] * self.a(x) + weights[1] * self.b(x)
+        x = self.c(torch.sqrt(F.softplus(x)))
+        x = self.d(50 * torch.tanh(x / 50))
+        x = self.a(Normal(x, F.softplus(self.b(x)) + 1e-4).rsample())
+        std = torch.exp(0.5 * torch.tanh(self.c(x)))
+        return self.head(x + std * torch.randn_like(std))
+
+
 # Model, inputs, and the role of each site; where a pass of symbols can't see it, the inputs alone.
 TRUNKS = {
     "squeeze and excitation": (
@@ -342,8 +361,11 @@ TRUNKS = {
         ":relu#0": "hidden", ":sigmoid#0": "output", ":softplus#0": "output", ":relu#1": "output",
         ":sigmoid#1": "output", ":softplus#1": "output",
     }),
+    "positive": (Positive, (ROWS,), {
+        ":relu#0": "gate", ":softplus#0": "gate", ":tanh#0": "gate", ":softplus#1": "gate", ":tanh#1": "gate",
+    }),
     "formulas": (Formulas, (ROWS,), {
-        ":tanh#0": "gate", ":sigmoid#0": "gate", ":softplus#0": "gate", ":tanh#1": "gate", ":tanh#2": "output",
+        ":tanh#0": "gate", ":sigmoid#0": "gate", ":softplus#0": "gate", ":tanh#1": "gate", ":tanh#2": "gate",
     }),
     "recurrent": (RecurrentCell, (SERIES,), {
         ":sigmoid#0": "gate", ":sigmoid#1": "gate", ":tanh#0": "hidden", ":sigmoid#2": "gate", ":tanh#1": "residual",

@@ -23,7 +23,7 @@ from lightning_noisy._torch_internals import HOOKS, BatchNorm, tree_leaves
 from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.graph import Graph, Node
 
-__all__ = ["Pass", "Probe", "Unseen", "call", "observe", "private_copy", "random_states_kept"]
+__all__ = ["Pass", "Probe", "Protected", "Unseen", "call", "observe", "private_copy", "random_states_kept"]
 
 _OWN_HOOKS = ("torch.", "lightning_noisy.")
 
@@ -113,11 +113,42 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(*example_inputs) if isinstance(example_inputs, tuple) else model(example_inputs)
 
 
-class _Watch(TorchFunctionMode):
+class Protected(TorchFunctionMode):
+    """Passes over what would write into the parameters, which a copy shares with the model.
+
+    Args:
+        model: the copy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._protected = {_memory(parameter) for parameter in model.parameters()} - {0}
+
+    def writes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a call writes into a parameter."""
+        name = getattr(func, "__name__", "")
+        in_place = name.startswith("__i") or name in ("__setitem__", "__set__")
+        targets = args[:1] if in_place or (name.endswith("_") and not name.endswith("__")) else ()
+        written = [leaf for leaf in tree_leaves((targets, kwargs.get("out"))) if isinstance(leaf, Tensor)]
+        return any(_memory(leaf) in self._protected for leaf in written)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if self.writes(func, args, kwargs or {}) else func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 if it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return 0
+
+
+class _Watch(Protected):
     """Makes the graph of one forward pass."""
 
     def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__(model)
         self.graph = Graph()
         self.names = names
         self.unseen: dict[tuple[str, str], Unseen] = {}
@@ -183,6 +214,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.writes(func, args, kwargs):
+            return args[0]
         if self._inside:
             return func(*args, **kwargs)
         inputs = [self.node_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -235,6 +268,24 @@ def observe(
     Returns:
         The graph, calls of activation functions that no probe stands for, and the output.
     """
+    try:
+        with torch.no_grad():
+            return _observe(twin, inputs, probes, names)
+    except RuntimeError:  # of a forward that differentiates
+        gradients = {parameter: parameter.grad for parameter in twin.parameters()}
+        try:
+            for parameter in gradients:
+                parameter.grad = None
+            with torch.enable_grad():
+                return _observe(twin, inputs, probes, names)
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+def _observe(
+    twin: nn.Module, inputs: Any, probes: list[Probe], names: Mapping[nn.Module, str]
+) -> tuple[Graph, list[Unseen], Any]:
     watch = _Watch(twin, names)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     inputs = copy.deepcopy(inputs)
@@ -242,13 +293,13 @@ def observe(
         if isinstance(leaf, Tensor):
             watch.note(leaf, Node("input" if leaf.is_floating_point() or leaf.is_complex() else "index"))
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of reentrant checkpointing, that there is no gradient
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         for probe in probes:
             probe.watch = watch
+            probe.passes.clear()
             stack.callback(setattr, probe, "watch", None)
         stack.callback(hooks.register_module_forward_pre_hook(watch.before).remove)
         stack.callback(hooks.register_module_forward_hook(watch.after, always_call=True).remove)

@@ -13,7 +13,10 @@ tanh-like
 a product with another learned map of the       a gate (of a gated linear unit)
 tensor that its input is a learned map of
 a product with random numbers, and it is        a standard deviation; counts as a gate
-sigmoid-like
+sigmoid-like or tanh-like
+a logarithm or a root                           part of a formula; counts as a gate
+it is tanh-like, between two scales             a soft cap; counts as a gate
+its input is made of parameters alone           part of a weight; counts as a gate
 it becomes such a factor through other          part of the gate's formula
 activations, with no layer in between
 ==============================================  ==========================================================
@@ -56,7 +59,7 @@ def fates(graph: Graph) -> dict[Node, Fate]:
             for site, is_gate in _gates(factor, other):
                 found[site].is_gate = _either(found[site].is_gate, is_gate)
     for node in graph.sites:
-        if _function(node) in SIGMOID_LIKE and _scales_random(node):
+        if _is_formula(node):
             found[node].is_gate = True
     # What a gate consists of is part of it.
     for node in graph.sites:
@@ -129,9 +132,20 @@ def _is_map_of_same(site: Node, other: Node) -> bool:
     return any(node.is_data for node in first & second)
 
 
-def _scales_random(site: Node) -> bool:
-    near = site.ahead(lambda node: node.kind in ("move", "scale"))
-    return any(node.kind == "scale" and any(each.kind == "random" for each in node.inputs) for node in near)
+def _is_formula(site: Node) -> bool:
+    """Whether an activation makes a standard deviation, a positive number, a soft cap or a weight."""
+    if site.inputs and not site.inputs[0].depends:
+        return True
+    near = list(site.ahead(lambda node: node.kind in ("move", "scale")))
+    if any(node.needs_positive for node in near):
+        return True
+    is_tanh = _function(site) in TANH_LIKE
+    if is_tanh and site.inputs and site.inputs[0].kind == "scale" and any(node.kind == "scale" for node in site.users):
+        return True
+    if not (is_tanh or _function(site) in SIGMOID_LIKE):
+        return False
+    far = site.ahead(lambda node: node.kind in ("move", "scale", "other"))  # such as exp(0.5 x)
+    return any(node.kind == "scale" and any(each.kind == "random" for each in node.inputs) for node in far)
 
 
 def _formula(gate: Node) -> Iterator[Node]:

@@ -19,12 +19,13 @@ _MOVES = {
     "getitem", "clone", "chunk", "split", "tensor_split", "unbind", "detach", "narrow", "select", "unflatten", "repeat",
     "pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "flip", "roll", "gather", "index_select",
     "masked_fill", "where", "clamp", "clip", "clamp_min", "clamp_max", "cpu", "cuda", "setitem", "pixel_shuffle",
-    "nan_to_num",
+    "nan_to_num", "broadcast_tensors", "broadcast_to",
 }  # fmt: skip
 _PRODUCTS = {"mul", "rmul", "imul", "multiply"}
 _QUOTIENTS = {"div", "truediv", "itruediv", "true_divide", "divide"}
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
-_SCALES = {"neg", "negative", "rtruediv", "reciprocal", "square", "pow", "rpow", "sqrt"}
+_SCALES = {"neg", "negative", "rtruediv", "reciprocal", "square", "pow", "rpow"}
+_POSITIVE = {"log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt"}  # what they take in must not be negative
 _RANDOM = {"randn", "rand", "randn_like", "rand_like", "normal_", "uniform_", "exponential_"}
 _MASKS = {
     "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isfinite", "isinf", "logical_and", "logical_or", "logical_not",
@@ -46,9 +47,10 @@ class Node:
         users: what it goes into.
         site: the site, of its kind.
         module: the layer whose output it is.
+        needs_positive: whether it is a logarithm or a root.
     """
 
-    __slots__ = ("depends", "inputs", "is_data", "kind", "module", "site", "users")
+    __slots__ = ("depends", "inputs", "is_data", "kind", "module", "needs_positive", "site", "users")
 
     def __init__(self, kind: str, inputs: Iterable[Node] = (), *, site: Any = None) -> None:
         self.kind = kind
@@ -56,6 +58,7 @@ class Node:
         self.users: list[Node] = []
         self.site = site
         self.module: nn.Module | None = None
+        self.needs_positive = False
         source = kind in ("input", "unknown", "site", "layer")
         self.is_data: bool = kind not in ("mask", "index") and (source or any(n.is_data for n in self.inputs))
         self.depends: bool = kind == "index" or source or any(n.depends for n in self.inputs)
@@ -110,7 +113,7 @@ class Graph:
             arguments: its positional arguments, with nodes in the place of tensors.
             floating: whether the result is of floating point.
         """
-        if name in _RANDOM:
+        if name in _RANDOM or (name == "normal" and not any(node.is_data for node in inputs)):
             return Node("random")
         name = name.strip("_")
         if not floating or name in _MASKS:
@@ -142,7 +145,9 @@ class Graph:
             return self._product(data, inputs)
         if name in _MOVES:
             return Node("move", inputs)
-        return Node("scale" if name in _SCALES else "other", inputs)
+        node = Node("scale" if name in _SCALES else "other", inputs)
+        node.needs_positive = name in _POSITIVE
+        return node
 
     def _product(self, data: list[Node], inputs: list[Node]) -> Node:
         if len(data) < 2:  # by a constant, a parameter or itself

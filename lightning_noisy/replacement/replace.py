@@ -67,9 +67,10 @@ def replace_activations(
     metadata of a ``state_dict`` records the replacements; loading it into a model with different ones is an error,
     unless ``strict=False``.
 
-    A mapping replaces the functions that it names, gates and outputs included. Anything else skips gates, whose output
-    is multiplied by another branch, and sigmoids, tanhs, softplus and the like that are an output, or whose data flow
-    is unknown. Recurrent layers are always skipped. Noisy names skip functions that don't saturate.
+    Which sites are replaced is decided by their :attr:`ActivationSite.role`: hidden activations are; gates only with
+    ``gates=True`` or if a mapping names their function; outputs, and parts of a loss, and those of unknown role only
+    with ``outputs=True``. Unused and recurrent ones are skipped. Noisy names skip functions that don't saturate. One
+    line, by ``logging``, says how many were replaced, and why the others were not.
 
     Args:
         model: the model, not yet scripted, sharded or wrapped for data parallelism. If it is compiled, the module
@@ -77,10 +78,10 @@ def replace_activations(
         to: a name of :func:`lightning_noisy.nn.registry.names`, such as ``"nsw"``; a module class, called without
             arguments; a function from an :class:`ActivationSite` to a module; or a mapping from plain functions' names
             to any of these, such as ``{"relu": "nrelu", "tanh": "nsw"}``.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: one forward pass then
-            shows the data flow, and how often each loop runs. Without them, symbolic tracing shows it where it can.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: forward passes of a
+            copy then show the data flow. Without them, symbolic tracing shows it where it can.
         gates: replace gates, too.
-        outputs: replace sigmoids and the like that are an output, or may be an output or a gate, too.
+        outputs: replace outputs, and those whose role is unknown, too.
         after_residual: replace those directly after the addition of two branches, too. (ANAct's authors skip them.)
         keep_last: how many of the chosen sites to skip, those called last; >= 0. (3 in the authors' VGG-19.)
         include: only these: a name pattern such as ``"layer1.*"``, a class of the modules to be replaced, a function
@@ -103,7 +104,8 @@ def replace_activations(
     Raises:
         TypeError: if ``model`` is not a module, activations can't be replaced with ``to``, or an option is of the wrong
             type.
-        ValueError: if a name or an option is unknown, or the model can no longer be changed.
+        ValueError: if a name or an option is unknown, the model can no longer be changed, ``keep_last`` is given but
+            the order of the calls is unknown, or ``strict=True`` and something is unresolved.
 
     Warns:
         UserWarning: if nothing was replaced, something could not be resolved, or a pattern matches no activation;

@@ -25,7 +25,7 @@ class ActivationSite:
     Attributes:
         name: path of the module, as in ``model.named_modules()``, ``""`` if the model is an activation;
             ``"layer1.0.relu#2"`` for the second call site of a module; ``"branch1:relu#0"`` for the first call of a
-            ReLU in the code of ``branch1``; ``"@2"`` is appended for the second execution of a call in a loop.
+            ReLU in the code of ``branch1``; ``"@2"`` is appended for its calls after a second layer, as in a loop.
         kind: ``"module"``, ``"function"`` (``F.relu(x)``), ``"method"`` (``x.relu()``), ``"attribute"`` (a function
             held as an attribute), ``"inline"`` (``nn.ReLU()(x)``) or ``"recurrent"``.
         function: plain name of the function, such as ``"relu"``.
@@ -34,11 +34,15 @@ class ActivationSite:
         is_gate: whether the output is multiplied with another branch; None where unknown.
         is_hidden: whether the output reaches a layer before it leaves the model; None where unknown. Else it is an
             output, or part of a loss.
-        is_called: whether it is called in what was looked at.
+        number: 1, or the number behind the ``"@"``.
+        is_called: whether it is called in the passes that were looked at.
+        layer_follows: whether a layer comes later in the model's code, which matters if that is all that is known.
+        seen: what was seen of its calls.
         order: its number in the order in which they are called; None where unknown.
         batch_norm: path of the batch norm whose output it gets; None if there is none, or it isn't known.
         module: the activation module; for a call one that computes the same, with the values that its arguments have
             now, which is not part of the model.
+        call: the call in the source, if it is one.
     """
 
     name: str

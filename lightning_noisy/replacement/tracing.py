@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lightning_noisy._torch_internals import tree_leaves
-from lightning_noisy.replacement.dataflow import Pass, Probe
+from lightning_noisy.replacement.dataflow import Pass, Probe, Protected
 from lightning_noisy.replacement.graph import Graph, Node
 
 __all__ = ["Trace", "trace"]
@@ -175,4 +175,5 @@ def _is_torchs(module: nn.Module) -> bool:
 
 def trace(twin: nn.Module, entries: tuple[str, ...]) -> Trace:
     """The graph of a private copy with probes in place, without running it."""
-    return Trace(twin, entries)
+    with Protected(twin):
+        return Trace(twin, entries)

@@ -83,6 +83,53 @@ def test_no_module_of_the_user_is_run_to_find_out_what_it_is():
         activation_sites(model, also=(torch.sin,))
 
 
+class Writes(nn.Module):
+    """Changes its parameters in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.codes = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Embedding(5, 6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.b.weight.copy_(F.normalize(self.b.weight))
+            self.b.weight[0] = 1.0
+            torch._foreach_mul_(list(self.b.parameters()), 0.9)
+            torch.mul(self.c.weight, 2.0, out=self.c.weight)
+        self.codes.weight.data.mul_(0.9).add_(1.0)
+        self.a.weight.data = self.a.weight.data.renorm(2, 0, 1.0)
+        for parameter in self.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("inputs", [None, ROWS])
+def test_looking_writes_into_no_parameter(inputs):
+    model = Writes()
+    before = copy.deepcopy(model.state_dict())
+    versions = [parameter._version for parameter in model.parameters()]
+    assert set(roles(activation_sites(model, inputs)).values()) == {"hidden"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [parameter._version for parameter in model.parameters()] == versions
+
+
+def test_a_forward_that_differentiates_is_looked_into():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 1)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_(True)
+            energy = self.b(F.softplus(self.a(x))).sum()
+            energy.backward(retain_graph=True, create_graph=True)
+            return energy, torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    model = Energy()
+    assert roles(activation_sites(model, ROWS)) == {":softplus#0": "hidden"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_what_can_not_be_copied_is_named():
     class Locked(nn.Module):
         def __init__(self):
