@@ -32,18 +32,17 @@ class ByLayer(nn.Module):
         self.name, self.may_repeat = name, may_repeat
         self.current, self.is_fresh, self.is_again = 0, True, False
 
-    def follow(self, layers: Sequence[Sequence[nn.Module | None]], root: nn.Module) -> list[Any]:
+    def follow(self, layers: Sequence[nn.Module | None], root: nn.Module) -> list[Any]:
         """Note from now on which layer runs; returns the handles of the hooks.
 
         Args:
-            layers: for each module the layers that it follows; None for the start of a pass.
+            layers: for each module the layer that it follows; None for the start of a pass.
             root: where a pass starts.
         """
         handles = []
-        for number, theirs in enumerate(layers):
-            for layer in theirs:
-                register = root.register_forward_pre_hook if layer is None else layer.register_forward_hook
-                handles.append(register(_Note(self, number)))
+        for number, layer in enumerate(layers):
+            register = root.register_forward_pre_hook if layer is None else layer.register_forward_hook
+            handles.append(register(_Note(self, number)))
         return handles
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.replacement.by_layer import ByLayer
 from lightning_noisy.replacement.call_finder import NAME, Call, calls_of, is_read, mentions, own_class
+from lightning_noisy.replacement.dataflow import is_layer
 from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.recognition import (
     RECURRENT,
@@ -69,7 +70,7 @@ def walk(model: nn.Module, also: Mapping[type[nn.Module], str]) -> list[Candidat
             each.function, each.reasons = "", [*each.reasons, reason]
     transformer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # whose linear2 follows
     order = {module: number for number, module in enumerate(model.modules())}
-    last = max((number for module, number in order.items() if _has_own_parameters(module)), default=-1)
+    last = max((number for module, number in order.items() if is_layer(module)), default=-1)
     for each in found:
         end = max(order[module] for module in each.owner.modules()) if each.function else last
         if each.kind == "module" and each.call is None and each.module is not None:
@@ -92,10 +93,6 @@ def _compared_types(model: nn.Module) -> set[type]:
             if names & {"type", "__class__"}:
                 found |= {each for each in classes if each.__name__ in names}
     return found
-
-
-def _has_own_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
 
 
 def function_name(module: Any, also: Mapping[type[nn.Module], str]) -> str | None:

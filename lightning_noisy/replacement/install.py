@@ -58,7 +58,8 @@ def _module(model: nn.Module, passes: list[ActivationSite], made: Mapping[str, n
         assert site.module is not None
         modules.append(made.get(site.name) or _with_own_hooks(site.module))
     by_layer = ByLayer(modules, passes[0].name, may_repeat=any(site.seen.repeats for site in passes))
-    layers = [[None if path is None else model.get_submodule(path) for path in site.seen.layers] for site in passes]
+    paths = [site.seen.layer for site in passes]
+    layers = [None if path is None else model.get_submodule(path) for path in paths]
     for handle in by_layer.follow(layers, model):
         record.add_hook(handle)
     return by_layer.train(model.get_submodule(passes[0].owner).training)

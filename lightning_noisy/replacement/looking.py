@@ -41,7 +41,7 @@ class Seen:
         after_residual: whether their inputs are sums of two branches; None where unknown.
         order: number in the order of the first calls.
         batch_norm: path of the batch norm whose output they get.
-        layers: paths of the layers that ran last before them; None for the start of the pass.
+        layer: path of the layer that ran last before them; None for the start of the pass.
         repeats: whether several calls followed one call of a layer.
         feeders: paths of the linear layers and convolutions whose outputs go straight into them.
     """
@@ -51,13 +51,13 @@ class Seen:
     after_residual: bool | None = None
     order: int | None = None
     batch_norm: str | None = None
-    layers: list[str | None] = field(default_factory=list)
+    layer: str | None = None
     repeats: bool = False
     feeders: list[str] = field(default_factory=list)
 
     def add(self, fate: Fate) -> None:
         """Take in one call: hidden if all are, a gate if one is."""
-        first = not self.layers
+        first = self.order is None
         self.is_hidden = (
             fate.is_hidden
             if first or self.is_hidden == fate.is_hidden
@@ -235,17 +235,15 @@ def _take_in(graph: Graph, twin: _Twin, seen: dict[str, list[Seen]]) -> None:
         for each in passes:
             layer = None if each.layer is None else twin.names.get(each.layer)
             group = groups.setdefault(layer if len(passes) > 1 else None, Seen())
+            group.add(known[each.node])
             if group.order is None:
-                group.order = order[each.node]
+                group.order, group.layer = order[each.node], layer
                 before = each.node.inputs[0].module if each.node.inputs else None
                 group.batch_norm = twin.names.get(before) if isinstance(before, BatchNorm) else None
-            group.add(known[each.node])
             group.feeders += [twin.names[layer] for layer in _feeders(each.node) if layer in twin.names]
-            group.layers.append(layer)
         clocks = [each.clock for each in passes]
-        for layer, group in groups.items():
+        for group in groups.values():
             group.repeats = len(set(clocks)) < len(clocks)
-            group.layers = [layer]
         if groups:
             seen[name] = list(groups.values())
 
