@@ -293,6 +293,28 @@ class Formulas(nn.Module):
         return 30 * torch.tanh(self.head(x) / 30)  # a soft cap
 
 
+class OwnFunctions(nn.Module):
+    """PReLU, leaky ReLU, log-sigmoid and a shifted leaky ReLU by hand, linear attention; and what is no formula."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.q, self.k, self.v, self.d, self.head = (nn.Linear(6, 6) for _ in range(8))
+        self.slope = nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x):
+        x = self.a(x)
+        x = F.relu(x) - self.slope * F.relu(-x)
+        x = self.b(x)
+        x = torch.maximum(F.relu(x), 0.01 * x)
+        x = self.c(x)
+        x = self.d(x.clamp(max=0) - F.softplus(-x.abs()))
+        x = self.c(F.leaky_relu(x, 0.1) - 0.4)
+        q, k = F.elu(self.q(x)) + 1, F.elu(self.k(x)) + 1
+        x = torch.einsum("nd,me,mf->nf", q, k, self.v(x)) / len(x)
+        x = self.d(x) + sum(F.relu(layer(x)) for layer in (self.a, self.b))  # a sum from 0 on
+        return self.head(torch.tanh(self.c(x)) + self.b(x))
+
+
 class RecurrentCell(nn.Module):
     """An LSTM by hand."""
 
@@ -351,7 +373,9 @@ TRUNKS = {
     "densenet": (DenseNet, (ROWS,), {"layers.0.1": "hidden", "layers.1.1": "hidden", ":relu#0": "hidden"}),
     "pre-activation": (PreActivation, (ROWS,), {"act": "hidden", "act#2": "hidden", ":relu#0": "residual"}),
     "siamese": (Siamese, (ROWS, ROWS + 1), {"encoder.1": "hidden", ":tanh#0": "hidden", ":sigmoid#0": "output"}),
-    "vae": (VAE, (ROWS,), {":relu#0": "hidden", ":softplus#0": "gate", ":relu#1": "hidden", ":sigmoid#0": "output"}),
+    "vae": (VAE, (ROWS,), {
+        ":relu#0": "hidden", ":softplus#0": "formula", ":relu#1": "hidden", ":sigmoid#0": "output",
+    }),
     "gan": (GAN, (ROWS,), {
         "generator.1": "hidden", "generator.3": "hidden", "critic.1": "hidden", "critic.3": "output",
     }),
@@ -362,10 +386,17 @@ TRUNKS = {
         ":sigmoid#1": "output", ":softplus#1": "output",
     }),
     "positive": (Positive, (ROWS,), {
-        ":relu#0": "gate", ":softplus#0": "gate", ":tanh#0": "gate", ":softplus#1": "gate", ":tanh#1": "gate",
+        ":relu#0": "formula", ":softplus#0": "formula", ":tanh#0": "formula", ":softplus#1": "formula",
+        ":tanh#1": "formula",
     }),
     "formulas": (Formulas, (ROWS,), {
-        ":tanh#0": "gate", ":sigmoid#0": "gate", ":softplus#0": "gate", ":tanh#1": "gate", ":tanh#2": "gate",
+        ":tanh#0": "formula", ":sigmoid#0": "formula", ":softplus#0": "formula", ":tanh#1": "formula",
+        ":tanh#2": "formula",
+    }),
+    "own functions": (OwnFunctions, (ROWS,), {
+        ":relu#0": "formula", ":relu#1": "formula", ":relu#2": "formula", ":softplus#0": "formula",
+        ":leaky_relu#0": "formula", ":elu#0": "formula", ":elu#1": "formula", ":relu#3": "hidden",
+        ":relu#3@2": "hidden", ":tanh#0": "hidden",
     }),
     "recurrent": (RecurrentCell, (SERIES,), {
         ":sigmoid#0": "gate", ":sigmoid#1": "gate", ":tanh#0": "hidden", ":sigmoid#2": "gate", ":tanh#1": "residual",

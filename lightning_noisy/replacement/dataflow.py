@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -23,7 +23,7 @@ from lightning_noisy._torch_internals import HOOKS, BatchNorm, tree_leaves
 from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.graph import Graph, Node
 
-__all__ = ["Pass", "Probe", "Protected", "Unseen", "call", "observe", "private_copy", "random_states_kept"]
+__all__ = ["Observed", "Pass", "Probe", "Protected", "Unseen", "call", "observe", "private_copy", "random_states_kept"]
 
 _OWN_HOOKS = ("torch.", "lightning_noisy.")
 
@@ -75,13 +75,41 @@ class Unseen:
     count: int = 0
 
 
+@dataclass
+class Observed:
+    """What one forward pass showed.
+
+    Attributes:
+        model: the copy that ran.
+        names: of its modules.
+        graph: the graph.
+        unseen: calls of activation functions that no probe stands for.
+        output: the output.
+        nodes: the tensors of the pass with their nodes, by their ids.
+    """
+
+    model: nn.Module
+    names: Mapping[nn.Module, str]
+    graph: Graph
+    unseen: list[Unseen]
+    output: Any
+    nodes: dict[int, tuple[Tensor, Node]] = field(repr=False)
+
+    def nodes_of(self, values: Any) -> list[Node]:
+        """The nodes of the tensors in a structure."""
+        return [self.nodes[id(leaf)][1] for leaf in tree_leaves(values) if id(leaf) in self.nodes]
+
+
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy to look into: parameters are shared, all else is its own. The user's hooks are not on it.
 
     Raises:
         Exception: whatever copying the attributes of a module raises.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for leaf in tree_leaves([list(vars(module).values()) for module in model.modules()]):
+        if isinstance(leaf, Tensor) and not leaf.is_leaf:  # kept by a forward pass; which torch refuses to copy
+            shared[id(leaf)] = leaf.detach().clone()
     with torch.no_grad():
         twin = copy.deepcopy(model, shared)
     for module in twin.modules():
@@ -154,8 +182,7 @@ class _Watch(Protected):
         self.unseen: dict[tuple[str, str], Unseen] = {}
         self._inside = False
         self._running: list[nn.Module] = []
-        self._nodes: dict[int, Node] = {}
-        self._alive: list[Any] = []  # so that an id is not used again
+        self.nodes: dict[int, tuple[Tensor, Node]] = {}  # with the tensors, so that an id is not used again
         self._layer: nn.Module | None = None
         self._clock = 0
         for kind, tensors in (("parameter", model.parameters()), ("constant", model.buffers())):
@@ -164,14 +191,13 @@ class _Watch(Protected):
 
     def note(self, tensor: Tensor, node: Node) -> None:
         """Say what a tensor is."""
-        self._nodes[id(tensor)] = node
-        self._alive.append(tensor)
+        self.nodes[id(tensor)] = tensor, node
 
     def node_of(self, tensor: Tensor) -> Node:
         """What a tensor is."""
-        if id(tensor) not in self._nodes:
+        if id(tensor) not in self.nodes:
             self.note(tensor, Node("parameter" if isinstance(tensor, nn.Parameter) else "constant"))
-        return self._nodes[id(tensor)]
+        return self.nodes[id(tensor)][1]
 
     def activation(self, probe: Probe, args: Any, kwargs: Any) -> Any:
         """Call a probe's activation."""
@@ -199,7 +225,7 @@ class _Watch(Protected):
         if self._inside or isinstance(module, Probe):
             return
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        unknown = [leaf for leaf in results if id(leaf) not in self._nodes]
+        unknown = [leaf for leaf in results if id(leaf) not in self.nodes]
         if unknown:  # of operations that torch shows to nobody, as a custom autograd function's
             inputs = [self.node_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             kind = "layer" if any(True for _ in module.parameters()) else "other"
@@ -229,7 +255,7 @@ class _Watch(Protected):
             self.note(args[0], Node("move", inputs))
             return result
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not (name == "__get__" and id(leaf) in self._nodes):
+            if isinstance(leaf, Tensor) and not (name == "__get__" and id(leaf) in self.nodes):
                 floating = leaf.is_floating_point() or leaf.is_complex()
                 name = "t" if name == "__get__" else name  # x.T, x.data
                 self.note(leaf, self.graph.apply(name, inputs, arguments=arguments, floating=floating))
@@ -254,9 +280,7 @@ def _is_method(func: Any) -> bool:
     return name in METHODS and getattr(Tensor, name, None) is func
 
 
-def observe(
-    twin: nn.Module, inputs: Any, probes: list[Probe], names: Mapping[nn.Module, str]
-) -> tuple[Graph, list[Unseen], Any]:
+def observe(twin: nn.Module, inputs: Any, probes: list[Probe], names: Mapping[nn.Module, str]) -> Observed:
     """Run a private copy once in its present mode, with random states that are the same each time.
 
     Args:
@@ -264,9 +288,6 @@ def observe(
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         probes: all of them; they get their calls.
         names: of the modules.
-
-    Returns:
-        The graph, calls of activation functions that no probe stands for, and the output.
     """
     try:
         with torch.no_grad():
@@ -283,9 +304,7 @@ def observe(
                 parameter.grad = gradient
 
 
-def _observe(
-    twin: nn.Module, inputs: Any, probes: list[Probe], names: Mapping[nn.Module, str]
-) -> tuple[Graph, list[Unseen], Any]:
+def _observe(twin: nn.Module, inputs: Any, probes: list[Probe], names: Mapping[nn.Module, str]) -> Observed:
     watch = _Watch(twin, names)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     inputs = copy.deepcopy(inputs)
@@ -293,6 +312,7 @@ def _observe(
         if isinstance(leaf, Tensor):
             watch.note(leaf, Node("input" if leaf.is_floating_point() or leaf.is_complex() else "index"))
     with ExitStack() as stack:
+        stack.enter_context(random_states_kept(twin))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of reentrant checkpointing, that there is no gradient
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -308,4 +328,4 @@ def _observe(
         numpy.random.seed(0)
         with watch:
             output = call(twin, inputs)
-    return watch.graph, list(watch.unseen.values()), output
+    return Observed(twin, names, watch.graph, list(watch.unseen.values()), output, watch.nodes)

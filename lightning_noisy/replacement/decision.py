@@ -1,4 +1,4 @@
-"""What an activation is to its model, by the data flow: hidden, a gate, or an output.
+"""What an activation is to its model, by the data flow: hidden, a gate, part of a formula, or an output.
 
 ==============================================  ==========================================================
 what becomes of the activation's output         what it is
@@ -12,13 +12,17 @@ a product with another branch, and it is        a gate, unless the other branch 
 tanh-like
 a product with another learned map of the       a gate (of a gated linear unit)
 tensor that its input is a learned map of
-a product with random numbers, and it is        a standard deviation; counts as a gate
+an elementwise operation with what is made      part of a formula, as x tanh(softplus(x)) or
+elementwise of the tensor it is made of         relu(x) - a relu(-x)
+a sum with a number, and it is no gate          part of a formula, as elu(x) + 1
+a product with random numbers, and it is        part of a formula: a standard deviation
 sigmoid-like or tanh-like
-a logarithm or a root                           part of a formula; counts as a gate
-it is tanh-like, between two scales             a soft cap; counts as a gate
-its input is made of parameters alone           part of a weight; counts as a gate
-it becomes such a factor through other          part of the gate's formula
-activations, with no layer in between
+a logarithm or a root                           part of a formula
+it is tanh-like, between two scales             part of a formula: a soft cap
+its input is made of parameters alone           part of a formula: of a weight
+it becomes a gate, or part of a formula,        the same
+through other activations, with no layer in
+between
 ==============================================  ==========================================================
 """
 
@@ -34,6 +38,12 @@ SIGMOID_LIKE = frozenset({"sigmoid", "hardsigmoid", "logsigmoid", "softplus"})
 TANH_LIKE = frozenset({"tanh", "hardtanh", "softsign"})
 # What gates and output layers are made of: such a function stays where its fate is not known.
 GATE_OR_OUTPUT = SIGMOID_LIKE | TANH_LIKE
+# What these take in must not be negative.
+_POSITIVE = {"log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt"}
+_ELEMENTWISE = _POSITIVE | {
+    "abs", "absolute", "exp", "expm1", "sign", "sin", "cos", "maximum", "minimum", "fmax", "fmin", "where",
+    "clamp", "clip", "clamp_min", "clamp_max", "masked_fill", "nan_to_num", "logaddexp", "sigmoid", "tanh", "erf",
+}  # fmt: skip
 
 
 class Fate:
@@ -42,12 +52,14 @@ class Fate:
     Attributes:
         is_hidden: whether its output reaches a layer.
         is_gate: whether it is a factor that gates another branch.
+        is_formula: whether it is part of a formula.
         after_residual: whether its input is the sum of two branches.
     """
 
     def __init__(self, node: Node) -> None:
         self.is_hidden = _reaches_layer(node)
         self.is_gate: bool | None = False
+        self.is_formula = _is_formula(node)
         self.after_residual = _is_residual(node.inputs[0]) if node.inputs else None
 
 
@@ -58,14 +70,15 @@ def fates(graph: Graph) -> dict[Node, Fate]:
         for factor, other in (factors, factors[::-1]):
             for site, is_gate in _gates(factor, other):
                 found[site].is_gate = _either(found[site].is_gate, is_gate)
+    for node, fate in found.items():
+        if not fate.is_gate and any(each.name == "shift" for each in node.users):  # a gate may be 1 - t
+            fate.is_formula = True
+    # What a gate or a formula consists of is part of it.
     for node in graph.sites:
-        if _is_formula(node):
-            found[node].is_gate = True
-    # What a gate consists of is part of it.
-    for node in graph.sites:
-        if found[node].is_gate:
-            for part in _formula(node):
-                found[part].is_gate = True
+        if found[node].is_gate or found[node].is_formula:
+            for part in _parts(node):
+                found[part].is_gate = found[part].is_gate or found[node].is_gate
+                found[part].is_formula = found[part].is_formula or found[node].is_formula
     return found
 
 
@@ -133,11 +146,13 @@ def _is_map_of_same(site: Node, other: Node) -> bool:
 
 
 def _is_formula(site: Node) -> bool:
-    """Whether an activation makes a standard deviation, a positive number, a soft cap or a weight."""
+    """Whether an activation makes a standard deviation, a positive number, a soft cap, a weight or another function."""
     if site.inputs and not site.inputs[0].depends:
         return True
     near = list(site.ahead(lambda node: node.kind in ("move", "scale")))
-    if any(node.needs_positive for node in near):
+    if any(node.name in _POSITIVE for node in near):
+        return True
+    if _meets_itself(site):
         return True
     is_tanh = _function(site) in TANH_LIKE
     if is_tanh and site.inputs and site.inputs[0].kind == "scale" and any(node.kind == "scale" for node in site.users):
@@ -148,11 +163,36 @@ def _is_formula(site: Node) -> bool:
     return any(node.kind == "scale" and any(each.kind == "random" for each in node.inputs) for node in far)
 
 
-def _formula(gate: Node) -> Iterator[Node]:
-    """The activations in a gate's formula: what leads to it with no layer in between, and is in no other use."""
-    for before in gate.inputs:
+def _meets_itself(site: Node) -> bool:
+    """Whether an activation is combined, element by element, with what is made so of the tensor it is made of."""
+    if not site.inputs:
+        return False
+    made_of = {
+        node
+        for node in site.inputs[0].back(lambda each: _is_pointwise(each) and sum(n.is_data for n in each.inputs) == 1)
+        if node.is_data
+    }
+    inside = set(site.ahead(_is_pointwise))
+    for node in inside:
+        if node is site or not _is_pointwise(node):
+            continue
+        for other in node.inputs:
+            if other not in inside and made_of & set(other.back(lambda each: each is not site and _is_pointwise(each))):
+                return True
+    return False
+
+
+def _is_pointwise(node: Node) -> bool:
+    if node.name in ("max", "min"):  # else of the whole tensor
+        return len(node.inputs) > 1
+    return (node.kind in ("scale", "sum", "product", "site") and node.name != "einsum") or node.name in _ELEMENTWISE
+
+
+def _parts(whole: Node) -> Iterator[Node]:
+    """The activations in the formula of a gate: what leads to it with no layer in between, and is in no other use."""
+    for before in whole.inputs:
         for node in before.back(lambda node: _elementwise(node) or node.kind == "site"):
-            if node.kind == "site" and all(_only_into(each, gate) for each in node.users):
+            if node.kind == "site" and all(_only_into(each, whole) for each in node.users):
                 yield node
 
 

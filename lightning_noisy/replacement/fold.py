@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_noisy._torch_internals import HOOKS, tree_leaves
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
-from lightning_noisy.replacement.dataflow import call
+from lightning_noisy.replacement.dataflow import Observed, Probe, observe, private_copy
+from lightning_noisy.replacement.graph import MOVES, Node
 from lightning_noisy.replacement.origin import Origin
 
 __all__ = ["fold_normalization"]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What moves numbers about without changing them.
-_MOVES = {
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.dropout,
-    torch.dropout, Tensor.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.view, Tensor.contiguous,
-    Tensor.squeeze, Tensor.unsqueeze, Tensor.t, Tensor.expand, Tensor.to, Tensor.float, Tensor.clone,
-    Tensor.__getitem__,
-}  # fmt: skip
-_CALLS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 
 @torch.no_grad()
@@ -39,10 +29,11 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
 
     In evaluation, s and μ of :math:`\hat\delta(x) = s (\delta(x) - \mu)` are constant, and a following linear layer or
     convolution W, b can absorb them: :math:`W' = s W`, :math:`b' = b - s \mu W 1`. A layer without a bias gets one. One
-    forward pass with the example inputs shows what follows; dropout, reshaping and transposing may come in between. An
-    activation stays normalized if folding would not be exact: it or the layer is used several times or elsewhere (a
-    branch, the model's output), the layer pads with zeros, or the weight is shared. The result is for inference: folded
-    activations can't be restored by :func:`~lightning_noisy.restore_activations`, and the same replacement skips them.
+    forward pass of a copy with the example inputs shows what follows; dropout, reshaping and transposing may come in
+    between. An activation stays normalized if folding would not be exact: it or the layer is used several times or
+    elsewhere (a branch, the model's output), the layer pads with zeros, or the weight is shared. The result is for
+    inference: folded activations can't be restored by :func:`~lightning_noisy.restore_activations`, and the same
+    replacement skips them.
 
     Args:
         model: the model; its training flags are kept.
@@ -71,19 +62,16 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r}.")
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    observed, probes = _observe(model, example_inputs)
+    if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(observed.output) if isinstance(leaf, Tensor)):
+        raise ValueError("With these example inputs the output is not finite. Pass others.")
+    plans = {name: _plan(model, name, observed, probe) for name, probe in probes.items()}
     undo: list[tuple[nn.Module, str, Any]] = []
     try:
-        uses = _Uses(model)
-        before = uses.watch(model, example_inputs)
-        if not all(bool(leaf.isfinite().all()) for leaf in tree_leaves(before) if isinstance(leaf, Tensor)):
-            raise ValueError("With these example inputs the output is not finite. Pass others.")
-        plans = {name: uses.plan(name) for name in uses.sites}
         for name, layers in plans.items():
             if not isinstance(layers, str):
-                _fold(model, name, layers, training, undo)
-        if not _close(before, call(model, example_inputs)):
+                _fold(model, name, layers, undo)
+        if not _close(observed.output, observe(private_copy(model).eval(), example_inputs, [], {}).output):
             raise RuntimeError("Folding would change the output: a forward pass doesn't show all that the model does.")
     except BaseException:
         for module, attribute, value in reversed(undo):
@@ -92,9 +80,6 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
             else:
                 setattr(module, attribute, value)
         raise
-    finally:
-        for each, flag in training.items():
-            each.training = flag
     stay = [f"{name or '(root)'} ({reason})" for name, reason in plans.items() if isinstance(reason, str)]
     if stay:
         message = f"These activations stay normalized: {', '.join(stay)}."
@@ -112,103 +97,70 @@ def _close(before: Any, after: Any) -> bool:
     return True
 
 
-class _Uses(TorchFunctionMode):
-    """Observes how the outputs of a model's normalized activations are used."""
+def _observe(model: nn.Module, inputs: Any) -> tuple[Observed, dict[str, Probe]]:
+    """See what a copy of the model does in evaluation, with probes of its normalized activations."""
+    twin = private_copy(model).eval()
+    names = {module: name for name, module in twin.named_modules()}
+    probes = {name: Probe(module, name) for module, name in names.items() if isinstance(module, NormalizedActivation)}
+    for module in names:
+        for key, child in module._modules.items():
+            if isinstance(child, NormalizedActivation):
+                module._modules[key] = probes[names[child]]
+    if "" in probes:
+        twin = probes[""]
+    return observe(twin, inputs, list(probes.values()), names), probes
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.sites = {n: m for n, m in model.named_modules() if isinstance(m, NormalizedActivation)}
-        self._layers: dict[str, list[nn.Module]] = {name: [] for name in self.sites}
-        self._reasons: dict[str, str] = {}
-        self._calls: dict[nn.Module, int] = {}
-        self._origin: dict[int, str] = {}
-        self._alive: list[Tensor] = []
-        self._stack: list[nn.Module] = []
-        self._owners: dict[nn.Parameter, int] = {}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._owners[parameter] = self._owners.get(parameter, 0) + 1
-        registrations = [m for _, m in model.named_modules(remove_duplicate=False)]
-        for name, site in self.sites.items():
-            if registrations.count(site) > 1:
-                self._reasons[name] = "it is registered several times"
 
-    def watch(self, model: nn.Module, inputs: Any) -> Any:
-        """Run the model once, and return its output."""
-        with ExitStack() as stack:
-            for name, site in self.sites.items():
-                handle = site.register_forward_hook(lambda _, __, output, name=name: self._follow(output, name))
-                stack.callback(handle.remove)
-            for layer in (m for m in model.modules() if isinstance(m, _LAYERS)):
-                stack.callback(layer.register_forward_pre_hook(self._enter).remove)
-                stack.callback(layer.register_forward_hook(self._leave).remove)
-            with self:
-                output = call(model, inputs)
-        for leaf in tree_leaves(output):
-            if (name := self._origin.get(id(leaf))) is not None:
-                self._reasons.setdefault(name, "it is an output of the model")
-        of = [(weakref.ref(tensor), self._origin.get(id(tensor))) for tensor in self._alive]
-        self._alive.clear()
-        for reference, name in of:
-            if name is not None and reference() is not None:
-                self._reasons.setdefault(name, "its output is stored")
-        return output
+def _plan(model: nn.Module, name: str, observed: Observed, probe: Probe) -> list[nn.Module] | str:
+    """The layers that absorb a site's scale and shift, or the reason why none can."""
+    site = model.get_submodule(name)
+    assert isinstance(site, NormalizedActivation)
+    if any(getattr(site, name) for name in HOOKS):
+        return "it has hooks"
+    if site.instance_dims is not None:
+        return "each instance has its own statistics"
+    if [each for _, each in model.named_modules(remove_duplicate=False)].count(site) > 1:
+        return "it is registered several times"
+    if len(probe.passes) > 1:
+        return "it is called several times"
+    if not probe.passes or name == "":
+        return "no linear layer or convolution follows"
+    if _plain(site) is None:
+        return f"{site.function!r} is not a module"
+    start = probe.passes[0].node
+    moved = [node for node in start.ahead(_is_move) if node is start or _is_move(node)]
+    if any(node in moved for node in observed.nodes_of(observed.output)):
+        return "it is an output of the model"
+    if any(
+        node in moved for node in observed.nodes_of([list(vars(each).values()) for each in observed.model.modules()])
+    ):
+        return "its output is stored"
+    uses = [(node, user) for node in moved for user in node.users if user not in moved]
+    for node, user in uses:
+        if user.kind != "layer" or user.module is None or user.inputs[0] is not node:
+            return f"its output goes into {user.name}"
+    layers = [model.get_submodule(observed.names[user.module]) for _, user in uses if user.module is not None]
+    reasons = [
+        reason for layer, (_, user) in zip(layers, uses, strict=True) if (reason := _reason_against(model, layer, user))
+    ]
+    return reasons[0] if reasons else layers or "no linear layer or convolution follows"
 
-    def _follow(self, output: Tensor, name: str) -> None:
-        site = self.sites[name]
-        self._calls[site] = self._calls.get(site, 0) + 1
-        self._origin[id(output)] = name
-        self._alive.append(output)  # so that its id is not reused
 
-    def _enter(self, layer: nn.Module, _: Any) -> None:
-        self._calls[layer] = self._calls.get(layer, 0) + 1
-        self._stack.append(layer)
+def _is_move(node: Node) -> bool:
+    return node.kind == "move" and node.name in MOVES and len(node.inputs) == 1
 
-    def _leave(self, *_: Any) -> None:
-        self._stack.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        names = {n for leaf in tree_leaves((args, kwargs)) if (n := self._origin.get(id(leaf))) is not None}
-        for name in names:
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-                continue  # a shape, a dtype
-            if func in _MOVES and isinstance(result, Tensor):
-                self._origin[id(result)] = name
-                self._alive.append(result)
-            elif func in _CALLS and self._stack and self._origin.get(id(args[0])) == name:
-                self._layers[name].append(self._stack[-1])
-            else:
-                self._reasons.setdefault(name, f"its output goes into {getattr(func, '__name__', func)}")
-        return result
-
-    def plan(self, name: str) -> list[nn.Module] | str:
-        """The layers that absorb the site's scale and shift, or the reason why none can."""
-        site, layers = self.sites[name], self._layers[name]
-        if any(getattr(site, name) for name in HOOKS):
-            return "it has hooks"
-        if site.instance_dims is not None:
-            return "each instance has its own statistics"
-        if self._calls.get(site, 0) > 1:
-            return "it is called several times"
-        if name in self._reasons:
-            return self._reasons[name]
-        if name == "" or not layers:
-            return "no linear layer or convolution follows"
-        if _plain(site) is None:
-            return f"{site.function!r} is not a module"
-        for layer in layers:
-            weight = layer._parameters.get("weight")
-            if type(layer) not in _LAYERS or weight is None:
-                return f"{type(layer).__name__} is not a plain layer"
-            if self._calls[layer] > 1 or self._owners[weight] > 1:
-                return "the next layer's weight is used elsewhere, too"
-            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (
-                isinstance(layer.padding, str) or any(layer.padding)
-            ):
-                return "the next convolution pads with zeros"
-        return layers
+def _reason_against(model: nn.Module, layer: nn.Module, call: Node) -> str:
+    """Why a layer can't absorb scale and shift of its input; empty if it can."""
+    weight = layer._parameters.get("weight")
+    if type(layer) not in _LAYERS or weight is None:
+        return f"{type(layer).__name__} is not a plain layer"
+    owners = sum(each is weight for module in model.modules() for each in module._parameters.values())
+    if owners > 1 or any(len(node.users) > 1 for node in call.inputs if node.kind == "parameter"):
+        return "the next layer's weight is used elsewhere, too"
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (isinstance(layer.padding, str) or any(layer.padding)):
+        return "the next convolution pads with zeros"
+    return "the next layer has hooks" if any(getattr(layer, name) for name in HOOKS) else ""
 
 
 def _plain(site: NormalizedActivation) -> nn.Module | None:
@@ -231,7 +183,6 @@ def _fold(
     model: nn.Module,
     name: str,
     layers: list[nn.Module],
-    training: dict[nn.Module, bool],
     undo: list[tuple[nn.Module, str, Any]],
 ) -> None:
     """Fold one site into its layers; append to ``undo`` the value that each change replaces, before it."""
@@ -249,7 +200,7 @@ def _fold(
             setattr(layer, key, nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad))
     plain = _plain(site)
     assert plain is not None
-    training[plain] = training[site]
+    plain.train(site.training)
     if (origin := Origin.of(site)) is not None:  # the same replacement skips it; restoring it raises
         replace(origin, folded=True).leave(plain)
     undo.append((owner, attribute, site))

@@ -12,20 +12,23 @@ from torch import nn
 
 __all__ = ["Graph", "Node"]
 
-_MOVES = {
+# What moves numbers about without changing them, in evaluation.
+MOVES = {
     "flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "dropout", "dropout1d", "dropout2d",
     "dropout3d", "feature_dropout", "alpha_dropout", "view", "contiguous", "t", "T", "mT", "swapaxes", "movedim",
     "expand", "expand_as", "to", "float", "half", "double", "bfloat16", "type", "type_as", "view_as", "reshape_as",
     "getitem", "clone", "chunk", "split", "tensor_split", "unbind", "detach", "narrow", "select", "unflatten", "repeat",
-    "pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "flip", "roll", "gather", "index_select",
-    "masked_fill", "where", "clamp", "clip", "clamp_min", "clamp_max", "cpu", "cuda", "setitem", "pixel_shuffle",
-    "nan_to_num", "broadcast_tensors", "broadcast_to",
+    "flip", "roll", "gather", "index_select", "cpu", "cuda", "pixel_shuffle", "broadcast_tensors", "broadcast_to",
+}  # fmt: skip
+# The same with others beside them, or with limits.
+_ALMOST_MOVES = {
+    "pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "masked_fill", "where", "clamp", "clip",
+    "clamp_min", "clamp_max", "setitem", "nan_to_num",
 }  # fmt: skip
 _PRODUCTS = {"mul", "rmul", "imul", "multiply"}
 _QUOTIENTS = {"div", "truediv", "itruediv", "true_divide", "divide"}
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _SCALES = {"neg", "negative", "rtruediv", "reciprocal", "square", "pow", "rpow"}
-_POSITIVE = {"log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt"}  # what they take in must not be negative
 _RANDOM = {"randn", "rand", "randn_like", "rand_like", "normal_", "uniform_", "exponential_"}
 _MASKS = {
     "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isfinite", "isinf", "logical_and", "logical_or", "logical_not",
@@ -46,19 +49,18 @@ class Node:
         depends: whether it depends on them at all.
         users: what it goes into.
         site: the site, of its kind.
+        name: of the operation, for the last six of these kinds; ``"shift"`` if it adds a number.
         module: the layer whose output it is.
-        needs_positive: whether it is a logarithm or a root.
     """
 
-    __slots__ = ("depends", "inputs", "is_data", "kind", "module", "needs_positive", "site", "users")
+    __slots__ = ("depends", "inputs", "is_data", "kind", "module", "name", "site", "users")
 
-    def __init__(self, kind: str, inputs: Iterable[Node] = (), *, site: Any = None) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, inputs: Iterable[Node] = (), *, name: str = "", site: Any = None) -> None:
+        self.kind, self.name = kind, name
         self.inputs = tuple(inputs)
         self.users: list[Node] = []
         self.site = site
         self.module: nn.Module | None = None
-        self.needs_positive = False
         source = kind in ("input", "unknown", "site", "layer")
         self.is_data: bool = kind not in ("mask", "index") and (source or any(n.is_data for n in self.inputs))
         self.depends: bool = kind == "index" or source or any(n.depends for n in self.inputs)
@@ -96,7 +98,6 @@ class Graph:
     def __init__(self) -> None:
         self.sites: list[Node] = []
         self.products: list[tuple[Node, Node]] = []  # of two branches
-        self.last_layer: nn.Module | None = None  # that was called
 
     def site(self, inputs: Iterable[Node], site: Any) -> Node:
         """The call of an activation."""
@@ -125,39 +126,37 @@ class Graph:
                 return Node("layer", inputs)  # an embedding
             return Node("parameter" if learned else "constant", inputs)
         if name in _PRODUCTS:
-            return self._product(data, inputs)
+            return self._product(name, data, inputs)
         if name in _QUOTIENTS:
-            return self._quotient(data, inputs)
+            return self._quotient(name, data, inputs)
         if name in _SUMS:
-            return Node("sum" if len(data) > 1 else "scale", inputs)
+            is_shift = len(inputs) == 1 and any(isinstance(each, (int, float)) and each != 0 for each in arguments)
+            return Node("sum" if len(data) > 1 else "scale", inputs, name="shift" if is_shift else name)
         if name == "lerp":
             start, end, *weight = [each for each in arguments if isinstance(each, Node)]
-            mixed = Node("sum", [start, end])
-            return self._product([mixed, *weight], [mixed, *weight]) if weight and weight[0].is_data else mixed
+            mixed = Node("sum", [start, end], name=name)
+            return self._product(name, [mixed, *weight], [mixed, *weight]) if weight and weight[0].is_data else mixed
         if name in ("addcmul", "addcdiv"):
             first, *factors = inputs
             kept = [node for node in dict.fromkeys(factors) if node.is_data]
-            product = (self._product if name == "addcmul" else self._quotient)(kept, factors) if kept else None
-            return Node("sum", [first, product or Node("constant", factors)])
+            make = self._product if name == "addcmul" else self._quotient
+            return Node("sum", [first, make(name, kept, factors) if kept else Node("constant", factors)], name=name)
         if any(node.kind == "parameter" for node in inputs):
-            return Node("layer", inputs)
+            return Node("layer", inputs, name=name)
         if name == "einsum":
-            return self._product(data, inputs)
-        if name in _MOVES:
-            return Node("move", inputs)
-        node = Node("scale" if name in _SCALES else "other", inputs)
-        node.needs_positive = name in _POSITIVE
-        return node
+            return self._product(name, data, inputs)
+        kind = "move" if name in MOVES | _ALMOST_MOVES else "scale" if name in _SCALES else "other"
+        return Node(kind, inputs, name=name)
 
-    def _product(self, data: list[Node], inputs: list[Node]) -> Node:
+    def _product(self, name: str, data: list[Node], inputs: list[Node]) -> Node:
         if len(data) < 2:  # by a constant, a parameter or itself
-            return Node("scale", inputs)
-        product = Node("product", inputs)
+            return Node("scale", inputs, name=name)
+        product = Node("product", inputs, name=name)
         self.products.append((data[0], data[1]))
         return product
 
-    def _quotient(self, data: list[Node], inputs: list[Node]) -> Node:
+    def _quotient(self, name: str, data: list[Node], inputs: list[Node]) -> Node:
         # A norm of the first, perhaps.
         if len(data) < 2 or data[0] in data[1].back(lambda node: node.kind not in ("layer", "site")):
-            return Node("scale", inputs)
-        return self._product(data, inputs)
+            return Node("scale", inputs, name=name)
+        return self._product(name, data, inputs)

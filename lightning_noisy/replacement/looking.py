@@ -38,6 +38,7 @@ class Seen:
     Attributes:
         is_hidden: whether their outputs reach a layer before they leave the model; None where unknown.
         is_gate: whether they are gates; None where unknown.
+        is_formula: whether they are part of a formula.
         after_residual: whether their inputs are sums of two branches; None where unknown.
         order: number in the order of the first calls.
         batch_norm: path of the batch norm whose output they get.
@@ -48,6 +49,7 @@ class Seen:
 
     is_hidden: bool | None = None
     is_gate: bool | None = None
+    is_formula: bool = False
     after_residual: bool | None = None
     order: int | None = None
     batch_norm: str | None = None
@@ -56,7 +58,7 @@ class Seen:
     feeders: list[str] = field(default_factory=list)
 
     def add(self, fate: Fate) -> None:
-        """Take in one call: hidden if all are, a gate if one is."""
+        """Take in one call: hidden if all are, a gate or part of a formula if one is."""
         first = self.order is None
         self.is_hidden = (
             fate.is_hidden
@@ -64,6 +66,7 @@ class Seen:
             else min((self.is_hidden, fate.is_hidden), key=lambda each: 2 if each else 1 if each is None else 0)
         )
         self.is_gate = True if fate.is_gate or self.is_gate else fate.is_gate if first else self.is_gate
+        self.is_formula = self.is_formula or fate.is_formula
         self.after_residual = True if fate.after_residual or self.after_residual else fate.after_residual
 
 
@@ -158,8 +161,8 @@ def _observe(
     unresolved = []
     expected = _plain(model, inputs)
     try:
-        graph, unseen, output = observe(twin.model.eval(), inputs, list(twin.probes.values()), twin.names)
-        is_same = _equal(output, expected)
+        observed = observe(twin.model.eval(), inputs, list(twin.probes.values()), twin.names)
+        is_same = _equal(observed.output, expected)
     except Exception:
         is_same = False
     if not is_same:
@@ -173,17 +176,17 @@ def _observe(
         ]
         candidates[:] = [each for each in candidates if each.path not in wrong]
         twin = _Twin(model, candidates, also)
-        graph, unseen, output = observe(twin.model.eval(), inputs, list(twin.probes.values()), twin.names)
-    _take_in(graph, twin, seen)
-    missed = {(each.owner, each.function): each for each in unseen}
+        observed = observe(twin.model.eval(), inputs, list(twin.probes.values()), twin.names)
+    _take_in(observed.graph, twin, seen)
+    missed = {(each.owner, each.function): each for each in observed.unseen}
     other = _Twin(model, candidates, also)
     try:
-        graph, unseen, _ = observe(other.model.train(), inputs, list(other.probes.values()), other.names)
+        observed = observe(other.model.train(), inputs, list(other.probes.values()), other.names)
     except Exception:
         pass  # such as a batch norm of one row
     else:
-        _take_in(graph, other, seen)
-        missed |= {(each.owner, each.function): each for each in unseen}
+        _take_in(observed.graph, other, seen)
+        missed |= {(each.owner, each.function): each for each in observed.unseen}
     for each in missed.values():
         calls = f"{each.count} calls of {each.function}" if each.count > 1 else f"a {each.function}"
         unresolved.append(
@@ -256,7 +259,7 @@ def _feeders(node: Node) -> list[nn.Module]:
 
 def _plain(model: nn.Module, inputs: Any) -> Any:
     """The output of the model in evaluation."""
-    return observe(private_copy(model).eval(), inputs, [], {})[2]
+    return observe(private_copy(model).eval(), inputs, [], {}).output
 
 
 def _is_faithful(
@@ -265,7 +268,7 @@ def _is_faithful(
     """Whether a module computes the same with its calls replaced by themselves."""
     twin = _Twin(model, candidates, also, path)
     try:
-        return _equal(observe(twin.model.eval(), inputs, [], {})[2], _plain(model, inputs))
+        return _equal(observe(twin.model.eval(), inputs, [], {}).output, _plain(model, inputs))
     except Exception:
         return False
 

@@ -140,11 +140,11 @@ class Policy:
     def reason_to_stay(self, site: ActivationSite) -> str:
         """Why a site is not replaced, in one or two words; empty if it is."""
         role = site.role
-        if role in ("recurrent", "unused") or (role in ("unknown", "output") and not self.outputs):
+        if role in ("recurrent", "unused") or (role in ("unknown", "output", "formula") and not self.outputs):
             return role
         if role == "gate" and not (self.gates or isinstance(self.to, Mapping)):
             return role
-        if site.after_residual and role != "gate" and not self.after_residual:
+        if site.after_residual and role not in ("gate", "formula") and not self.after_residual:
             return "after a residual addition"
         included = self.include is None or _matches(site, self.include)
         if not included or (self.exclude is not None and _matches(site, self.exclude)):

@@ -68,9 +68,9 @@ def replace_activations(
     unless ``strict=False``.
 
     Which sites are replaced is decided by their :attr:`ActivationSite.role`: hidden activations are; gates only with
-    ``gates=True`` or if a mapping names their function; outputs, and parts of a loss, and those of unknown role only
-    with ``outputs=True``. Unused and recurrent ones are skipped. Noisy names skip functions that don't saturate. One
-    line, by ``logging``, says how many were replaced, and why the others were not.
+    ``gates=True`` or if a mapping names their function; outputs, parts of a loss or of a formula, and those of unknown
+    role only with ``outputs=True``. Unused and recurrent ones are skipped. Noisy names skip functions that don't
+    saturate. One line, by ``logging``, says how many were replaced, and why the others were not.
 
     Args:
         model: the model, not yet scripted, sharded or wrapped for data parallelism. If it is compiled, the module
@@ -81,7 +81,7 @@ def replace_activations(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments: forward passes of a
             copy then show the data flow. Without them, symbolic tracing shows it where it can.
         gates: replace gates, too.
-        outputs: replace outputs, and those whose role is unknown, too.
+        outputs: replace outputs, parts of formulas, and those whose role is unknown, too.
         after_residual: replace those directly after the addition of two branches, too. (ANAct's authors skip them.)
         keep_last: how many of the chosen sites to skip, those called last; >= 0. (3 in the authors' VGG-19.)
         include: only these: a name pattern such as ``"layer1.*"``, a class of the modules to be replaced, a function

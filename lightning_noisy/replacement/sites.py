@@ -70,13 +70,13 @@ class ActivationSite:
     def role(self) -> str:
         """What it is to its model, which decides whether it is replaced.
 
-        ``"hidden"``, ``"gate"``, ``"output"`` (or part of a loss), ``"residual"`` (after a residual addition),
-        ``"recurrent"``, ``"unused"`` (not called), or ``"unknown"``.
+        ``"hidden"``, ``"gate"``, ``"formula"`` (a part of one), ``"output"`` (or part of a loss), ``"residual"`` (after
+        a residual addition), ``"recurrent"``, ``"unused"`` (not called), or ``"unknown"``.
         """
         if self.kind == "recurrent" or not self.is_called:
             return "recurrent" if self.kind == "recurrent" else "unused"
-        if self.is_gate:
-            return "gate"
+        if self.seen.is_formula or self.is_gate:
+            return "formula" if self.seen.is_formula else "gate"
         if self.is_hidden is False:
             return "output"
         if self.after_residual:

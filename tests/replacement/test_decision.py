@@ -35,7 +35,7 @@ ROWS = re.findall(r"^\| `(.*)` \| (\w+: \w+(?:, \w+: \w+)*) \|$", GUIDE.read_tex
 MODULE = """
 import torch
 from torch import lerp, nn, randn_like, relu, sigmoid, tanh
-from torch.nn.functional import gelu, silu, softplus
+from torch.nn.functional import elu, gelu, silu, softplus
 
 
 class Example(nn.Module):

@@ -118,47 +118,42 @@ def test_a_model_that_does_what_can_not_be_seen_is_left_as_it_was():
         def __init__(self):
             super().__init__()
             self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False)
-            self.calls = 0
 
         def forward(self, x):
             y = self.act(self.first(x))
-            self.calls += 1
-            return self.last(y) * self.calls
+            return self.last(y) * float(y.detach().numpy().mean())
 
     x = torch.randn(32, 4)
     model = trained(Hidden(), x).eval()
-    model.calls = 1
     expected = model(x)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="Folding would change the output"):
         fold_normalization(model, x)
-    model.calls = 1
     assert torch.equal(model(x), expected)
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 class Flaky(nn.Module):
-    """Fails in one of its calls, or returns something of another structure."""
+    """Fails once it is folded, or returns something of another structure."""
 
     def __init__(self, way):
         super().__init__()
         self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False)
-        self.way, self.calls = way, 0
+        self.way = way
 
     def forward(self, x):
-        self.calls += 1
         y = self.last(self.act(self.first(x)))
-        if self.calls == 2 and self.way == "structure":
+        if self.last.bias is not None and self.way == "structure":
             return y, y
-        if self.calls == 2:
-            raise self.way("second pass")
+        if self.last.bias is not None:
+            raise self.way("folded")
         return y
 
 
 @pytest.mark.parametrize("way", [MemoryError, KeyboardInterrupt, "structure"])
 @pytest.mark.parametrize("swapped", [True, False])
-def test_an_error_in_the_second_forward_pass_leaves_the_model_as_it_was(way, swapped):
+def test_an_error_of_the_folded_model_leaves_it_as_it_was(way, swapped):
     torch.manual_seed(0)
     model, x = Flaky(way), torch.randn(32, 4)
     if swapped:
@@ -166,16 +161,42 @@ def test_an_error_in_the_second_forward_pass_leaves_the_model_as_it_was(way, swa
     else:
         model.act = NReLU()
     model(x)
-    model.calls = 5
     expected, state = model.eval()(x), {name: value.clone() for name, value in model.state_dict().items()}
     modules = list(model.modules())
-    model.calls = 0
     with pytest.raises(ValueError if way == "structure" else way):
         fold_normalization(model, x)
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(model(x), expected)
+
+
+class Counting(nn.Module):
+    """Counts its calls, keeps an activation, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second, self.kept, self.last = (
+            nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4),
+        )  # fmt: skip
+        self.calls, self.features = 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        self.features = self.kept(self.second(self.act(self.first(x))))
+        return self.last(self.features) * self.calls + 0 * torch.rand(())
+
+
+def test_folding_runs_a_copy_and_leaves_what_the_model_stores():
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    model = trained(Counting(), x).eval()
+    expected, state = model(x), torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"stay normalized: kept \(its output is stored\)\.$"):
+        fold_normalization(model, x)
+    assert model.calls == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model(x) / 4, expected / 3)
 
 
 @pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
