@@ -315,6 +315,20 @@ class OwnFunctions(nn.Module):
         return self.head(torch.tanh(self.c(x)) + self.b(x))
 
 
+class PositionBias(nn.Module):
+    """Swin V2's: a network of the positions makes a bias; its activations are part of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.net = nn.Linear(6, 6), nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.register_buffer("positions", torch.arange(16.0).view(8, 2))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x):
+        bias = 16 * torch.sigmoid(self.net(self.positions))
+        return self.last(F.gelu(self.first(x)) + bias)
+
+
 class RecurrentCell(nn.Module):
     """An LSTM by hand."""
 
@@ -398,6 +412,7 @@ TRUNKS = {
         ":leaky_relu#0": "formula", ":elu#0": "formula", ":elu#1": "formula", ":relu#3": "hidden",
         ":relu#3@2": "hidden", ":tanh#0": "hidden",
     }),
+    "position bias": (PositionBias, (ROWS,), {"net.1": "formula", ":sigmoid#0": "formula", ":gelu#0": "hidden"}),
     "recurrent": (RecurrentCell, (SERIES,), {
         ":sigmoid#0": "gate", ":sigmoid#1": "gate", ":tanh#0": "hidden", ":sigmoid#2": "gate", ":tanh#1": "residual",
     }),

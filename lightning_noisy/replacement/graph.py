@@ -61,7 +61,7 @@ class Node:
         self.users: list[Node] = []
         self.site = site
         self.module: nn.Module | None = None
-        source = kind in ("input", "unknown", "site", "layer")
+        source = kind in ("input", "unknown", "layer") or (kind == "site" and not self.inputs)
         self.is_data: bool = kind not in ("mask", "index") and (source or any(n.is_data for n in self.inputs))
         self.depends: bool = kind == "index" or source or any(n.depends for n in self.inputs)
         for node in self.inputs:

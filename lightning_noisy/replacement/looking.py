@@ -13,12 +13,8 @@ from lightning_noisy._torch_internals import BatchNorm, tree_leaves
 from lightning_noisy.replacement.call_finder import ENTRIES, Call, UnreadError
 from lightning_noisy.replacement.call_redirect import redirect_calls
 from lightning_noisy.replacement.candidates import Candidate, walk
-from lightning_noisy.replacement.dataflow import (
-    Probe,
-    observe,
-    private_copy,
-    random_states_kept,
-)
+from lightning_noisy.replacement.copies import follow_originals
+from lightning_noisy.replacement.dataflow import Probe, observe, private_copy, random_states_kept
 from lightning_noisy.replacement.decision import Fate, fates
 from lightning_noisy.replacement.graph import Graph, Node
 from lightning_noisy.replacement.tracing import trace
@@ -45,6 +41,7 @@ class Seen:
         layer: path of the layer that ran last before them; None for the start of the pass.
         repeats: whether several calls followed one call of a layer.
         feeders: paths of the linear layers and convolutions whose outputs go straight into them.
+        nodes: the calls, while the model is looked at.
     """
 
     is_hidden: bool | None = None
@@ -56,6 +53,12 @@ class Seen:
     layer: str | None = None
     repeats: bool = False
     feeders: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list, repr=False)
+
+    def take(self, other: Seen) -> None:
+        """Take over what decides about replacing."""
+        self.is_hidden, self.is_gate, self.is_formula = other.is_hidden, other.is_gate, other.is_formula
+        self.after_residual = other.after_residual
 
     def add(self, fate: Fate) -> None:
         """Take in one call: hidden if all are, a gate or part of a formula if one is."""
@@ -150,6 +153,9 @@ def look(
         if example_inputs is None:
             twin = _Twin(model, candidates, also)
         unresolved += _trace(twin, candidates, seen, observed=example_inputs is not None)
+    follow_originals(model, [each.name for each in candidates], seen)
+    for each in (one for several in seen.values() for one in several):
+        each.nodes.clear()
     return seen, unresolved
 
 
@@ -239,6 +245,7 @@ def _take_in(graph: Graph, twin: _Twin, seen: dict[str, list[Seen]]) -> None:
             layer = None if each.layer is None else twin.names.get(each.layer)
             group = groups.setdefault(layer if len(passes) > 1 else None, Seen())
             group.add(known[each.node])
+            group.nodes.append(each.node)
             if group.order is None:
                 group.order, group.layer = order[each.node], layer
                 before = each.node.inputs[0].module if each.node.inputs else None

@@ -123,9 +123,10 @@ class Policy:
             raise ValueError(
                 f"keep_last={self.keep_last} needs the order of the calls, which is not known. Pass example_inputs."
             )
-        last = sorted(of_chosen, key=lambda site: site.order or 0)
-        for site in last[len(last) - self.keep_last :] if self.keep_last else ():
-            del chosen[site.name]
+        orders = sorted({site.order or 0 for site in of_chosen})  # of a copy it is the original's
+        for site in of_chosen if self.keep_last else ():
+            if (site.order or 0) in orders[-self.keep_last :]:
+                del chosen[site.name]
         return chosen
 
     def keeps(self, model: nn.Module, site: ActivationSite, new: New | None) -> bool:

@@ -125,7 +125,8 @@ class Trace:
             return node
         if _is_torchs(module):
             has_parameters = any(True for _ in module.parameters())
-            node = Node("layer" if has_parameters else "move" if isinstance(module, _PASSIVE) else "other", inputs)
+            kind = "layer" if has_parameters else "move" if isinstance(module, _PASSIVE) else "other"
+            node = Node(kind if any(each.depends for each in inputs) or not inputs else "parameter", inputs)
             node.module = module
             if has_parameters:
                 self._layer = module
