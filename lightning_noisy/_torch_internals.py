@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base of all, and of other libraries' own
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,7 @@ __all__ = [
     "LOAD_HOOKS",
     "WRAPPERS",
     "BatchNorm",
+    "StorageWeakRef",
     "add_each",
     "amp_state",
     "first_index",
@@ -33,6 +35,7 @@ __all__ = [
     "recomputing",
     "set_metadata",
     "step_pre_hooks",
+    "storage_of",
     "tree_leaves",
     "uncompiled",
     "unscales_in_step",
@@ -71,6 +74,17 @@ def is_recomputing() -> bool:
     False while a compiler traces; compiled code uses :func:`recomputing`.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
+    """A weak reference to a tensor's storage, equal to others of the same one; None if it has none.
+
+    While it exists, no other storage is equal, even after the tensor is gone.
+    """
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # of wrappers
+        return None
 
 
 @torch.library.custom_op("lightning_noisy::recomputing", mutates_args=())

@@ -137,6 +137,17 @@ def test_version_counts_changes_in_place():
     assert internals.version(x) == before + 2
 
 
+def test_storages_are_told_apart_even_when_they_are_gone():
+    tensor = torch.zeros(1000)
+    known = internals.storage_of(tensor)
+    assert known == internals.storage_of(tensor[1:].detach())
+    del tensor
+    assert known.expired()
+    later = [torch.zeros(1000) for _ in range(10)]  # one of them in the same memory, perhaps
+    assert all(known != internals.storage_of(each) for each in later)
+    assert torch.vmap(lambda x: x + (internals.storage_of(x) is not None))(torch.zeros(2, 3)).sum() == 0
+
+
 def test_each_tensor_gets_its_own_addend():
     tensors = [torch.zeros(2), torch.ones(3)]
     internals.add_each(tensors, [torch.full((2,), 5.0), torch.full((3,), 7.0)])
