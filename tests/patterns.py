@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.functional import relu as relu_function
 from torch.utils.checkpoint import checkpoint
 
-from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
+from lightning_noisy.replacement.recognition import FUNCTIONS, METHODS
 
 GLOBAL_ACT = nn.ReLU()
 

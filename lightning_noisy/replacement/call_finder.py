@@ -8,40 +8,32 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_noisy.nn import registry
-from lightning_noisy.replacement.source import UnreadError, source_of
+from lightning_noisy.replacement.recognition import (
+    FUNCTIONS,
+    METHODS,
+    MODULES,
+    NAMES,
+    innermost,
+    is_function,
+    mentions,
+    plain_module,
+)
+from lightning_noisy.replacement.source import UnreadError, is_foreign, is_set, nested_codes, source_of
 
-__all__ = ["Call", "InPlace", "calls_of", "mentions", "own_class", "plain_module"]
+__all__ = ["Call", "Found", "calls_of", "goes_through_children", "own_class", "position_of"]
 NAME = "activation_calls"  # the child that holds the modules of redirected calls
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-_FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
-# The functional forms of torch's activation modules, with their names and whether they work in place.
-FUNCTIONS: dict[object, tuple[str, bool]] = {
-    getattr(space, name + suffix): (name, bool(suffix))
-    for name in registry.PLAIN
-    if name != "prelu"  # takes its weight as an argument
-    for space in (F, torch)
-    for suffix in ("", "_")
-    if hasattr(space, name + suffix)
-}
-METHODS = {
-    name + suffix: (name, bool(suffix))
-    for name in ("relu", "sigmoid", "tanh", "hardshrink")
-    for suffix in ("", "_")
-    if hasattr(Tensor, name + suffix)
-}
-_MODULES = {cls: name for name, cls in registry.PLAIN.items() if name != "prelu"}
+_OF_MODULES = set(dir(nn.Module()))
 Position = tuple[int, int, int, int]
 
 
@@ -73,6 +65,21 @@ class Call:
     plain: nn.Module | None = field(default=None, compare=False)
 
 
+@dataclass
+class Found:
+    """What the code of a module's class shows.
+
+    Attributes:
+        calls: in source order, from ``forward`` and Lightning's steps on through the methods that these call.
+        reasons: what could not be resolved.
+        read: the activations of which attributes are read, by the ids of their owners and their keys, with the code.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    read: dict[tuple[int, str], str] = field(default_factory=dict)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, before its forward was rewritten."""
     return cast(type[nn.Module], getattr(type(module), "_original_class", type(module)))
@@ -84,27 +91,23 @@ def method_of(cls: type, name: str) -> FunctionType | None:
     if isinstance(found, (staticmethod, classmethod, property)):
         return None
     found = inspect.unwrap(found) if callable(found) else None
-    if not isinstance(found, FunctionType) or f"{found.__module__}.".startswith(_FOREIGN):
+    if not isinstance(found, FunctionType) or is_foreign(found):
         return None
     return found if found.__code__.co_argcount else None
 
 
-def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[list[Call], list[str]]:
+def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> Found:
     """The calls of activation functions, and of children that are activations, in the code of a module's class.
 
     Args:
         owner: any module; its code is not run.
         name_of: maps a module, or a function held as an attribute, to the plain name of its activation, or None.
-
-    Returns:
-        The calls in source order, from ``forward`` and Lightning's steps on through the methods that these call; and
-        the reasons for what could not be resolved.
     """
-    cls, found, reasons = own_class(owner), list[Call](), list[str]()
+    cls, found = own_class(owner), Found()
     if "forward" in owner.__dict__ or isinstance(owner, fx.GraphModule):
-        if not f"{cls.__module__}.".startswith(_FOREIGN) or isinstance(owner, fx.GraphModule):
-            reasons.append("its forward is made when it runs, and is not that of its class")
-        return found, reasons
+        if not is_foreign(cls) or isinstance(owner, fx.GraphModule):
+            found.reasons.append("its forward is made when it runs, and is not that of its class")
+        return found
     counts: dict[str, int] = {}
     waiting, seen = [name for name in ENTRIES if hasattr(cls, name)], set[str]()
     while waiting:
@@ -114,21 +117,36 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> tuple[li
             continue
         seen.add(name)
         try:
-            tree, _ = source_of(function)
+            reader = _Reader(owner, function, name, counts, name_of)
         except UnreadError as reason:
-            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
-            if mentioned:
-                reasons.append(f"{name}, which mentions {', '.join(mentioned)}: {reason}")
+            if mentioned := mentions(function):
+                found.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: {reason}")
             continue
-        reader = _Reader(owner, function, name, counts, name_of)
-        reader.visit(tree)
         last = max(reader.layer_ends, default=(-1, -1))
-        found += [replace(call, layer_follows=call.in_loop or call.position[2:] < last) for call in reader.calls]
-        reasons += reader.reasons
-        if left := sorted({named for node, named in reader.mentioned.items() if node not in reader.taken}):
-            reasons.append(f"{name} has {', '.join(left)} other than in a call that can be replaced")
+        found.calls += [replace(call, layer_follows=call.in_loop or call.position[2:] < last) for call in reader.calls]
+        found.reasons += reader.reasons
+        found.read |= reader.read
         waiting += [each for each in reader.methods if each not in seen]
-    return found, reasons
+    return found
+
+
+def goes_through_children(cls: type) -> bool:
+    """Whether a class's code asks for the children of a module, in ``forward`` or in what it calls, or Lightning's."""
+    seen = set[str]()
+    return any(_names_in(cls, name, seen) & _CHILDREN for name in ENTRIES)
+
+
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules", "checkpoint_sequential"}
+
+
+def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
+    """The names in a method, and in those that it calls."""
+    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
+    if method is None:
+        return set()
+    seen.add(name)
+    names = {each for code in (method.__code__, *nested_codes(method.__code__)) for each in code.co_names}
+    return names.union(*(_names_in(cls, each, seen) for each in names))
 
 
 def is_read(owner: nn.Module) -> bool:
@@ -138,9 +156,6 @@ def is_read(owner: nn.Module) -> bool:
         return method is None or bool(source_of(method))
     except UnreadError:
         return False
-
-
-_NAMES = {name + suffix for name in registry.PLAIN for suffix in ("", "_")} | {cls.__name__ for cls in _MODULES}
 
 
 class _Reader(ast.NodeVisitor):
@@ -153,9 +168,13 @@ class _Reader(ast.NodeVisitor):
         name: str,
         counts: dict[str, int],
         name_of: Callable[[Any], str | None],
+        level: int | None = None,
     ) -> None:
         self.name_of = name_of
         self.owner, self.function, self.name, self.counts = owner, function, name, counts
+        # Where the method is among the class and its bases.
+        levels = (i for i, cls in enumerate(own_class(owner).__mro__) if name in cls.__dict__)
+        self.level = next(levels, 0) if level is None else level
         self.self_name = function.__code__.co_varnames[0]
         # Includes nested functions: a name that is a variable anywhere is not resolved as a global.
         tree, self.first = source_of(function)
@@ -172,12 +191,16 @@ class _Reader(ast.NodeVisitor):
         self.reasons += [
             f"{name} has {FUNCTIONS[each][0]} as a default argument; make it a module"
             for each in defaults
-            if _hashable(each) and each in FUNCTIONS
+            if is_function(each)
         ]
         self.mentioned: dict[ast.expr, str] = {}
         self.taken: set[ast.expr] = set()
         self.loops = 0
         self.layer_ends: list[tuple[int, int]] = []  # of calls of children with parameters
+        self.read: dict[tuple[int, str], str] = {}
+        self.visit(tree)
+        if left := sorted({named for node, named in self.mentioned.items() if node not in self.taken}):
+            self.reasons.append(f"{name} has {', '.join(left)} other than in a call that can be replaced")
 
     def visit_For(self, node: ast.For) -> None:
         self.visit(node.iter)
@@ -210,8 +233,11 @@ class _Reader(ast.NodeVisitor):
         self.loops -= nested
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        """Follow methods that are called, or passed on to be called."""
+        """Follow methods that are called, or passed on to be called; note what is read of activations."""
         self.generic_visit(node)
+        holder, key, value = self._child(node.value)
+        if holder is not None and node.attr not in _OF_MODULES and self.name_of(value):
+            self.read[id(holder), key] = f"{self.name} reads {ast.unparse(node)}"
         own = _attribute_of(node, self.self_name)
         if own is not None:
             if own.startswith("__") and not own.endswith("__"):  # private: Python mangles the name
@@ -223,17 +249,17 @@ class _Reader(ast.NodeVisitor):
                 self._name_helper(own, found.fget)
             elif callable(found):
                 self.methods.append(own)
-        elif node.attr in _NAMES:
+        elif node.attr in NAMES:
             self._mention(node, node.attr)
 
     def visit_Name(self, node: ast.Name) -> None:
         """Record an activation that is mentioned by its name."""
-        if node.id in _NAMES and isinstance(node.ctx, ast.Load) and node.id not in self.local:
+        if node.id in NAMES and isinstance(node.ctx, ast.Load) and node.id not in self.local:
             self._mention(node, node.id)
 
     def _mention(self, node: ast.expr, name: str) -> None:
         known = self._resolve(node)
-        if (_hashable(known) and known in FUNCTIONS) or (inspect.isclass(known) and known in _MODULES):
+        if is_function(known) or (inspect.isclass(known) and known in MODULES):
             self.mentioned[node] = name
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -252,7 +278,7 @@ class _Reader(ast.NodeVisitor):
             if child is not None:
                 function = self.name_of(child)
                 if function and isinstance(child, nn.Module) is False and len(node.args) + len(node.keywords) > 1:
-                    self._add_function(node, "function", *FUNCTIONS[_innermost(child)], node.args[1:])
+                    self._add_function(node, "function", *FUNCTIONS[innermost(child)], node.args[1:])
                 elif function and len(node.args) + len(node.keywords) == 1:
                     count = self.counts[own] = self.counts.get(own, 0) + 1
                     self._add(node, own if count == 1 else f"{own}#{count}", "module", function, child=own)
@@ -261,13 +287,17 @@ class _Reader(ast.NodeVisitor):
             self._inherited(node.func.attr)
             return
         known = self._resolve(node.func)
-        if _hashable(known) and known in FUNCTIONS:
+        if known is getattr and node.args and any(self._resolve(node.args[0]) is each for each in (F, torch, nn)):
+            self.reasons.append(f"{ast.unparse(node)} in {self.name}: hold the function as an attribute")
+        elif isinstance(node.func, ast.Attribute) and _is_autograd(self._resolve(node.func.value)):
+            self._name_helper(ast.unparse(node.func), self._resolve(node.func.value).forward)
+        elif is_function(known):
             name, inplace = FUNCTIONS[known]
             self._add_function(node, "function", name, inplace, node.args[1:])
         elif isinstance(node.func, ast.Call) and len(node.args) == 1:
             cls, inner = self._resolve(node.func.func), node.func
-            if inspect.isclass(cls) and cls in _MODULES:
-                self._add_function(node, "inline", _MODULES[cls], False, inner.args, inner.keywords)
+            if inspect.isclass(cls) and cls in MODULES:
+                self._add_function(node, "inline", MODULES[cls], False, inner.args, inner.keywords)
         elif isinstance(known, nn.Module) and len(node.args) == 1 and not node.keywords:  # outside the module tree
             if function := self.name_of(known):
                 count = self.counts[function] = self.counts.get(function, -1) + 1
@@ -285,20 +315,27 @@ class _Reader(ast.NodeVisitor):
 
     def _name_helper(self, name: str, function: Any) -> None:
         """Report a function that is not a method of the module and mentions activations."""
-        function = inspect.unwrap(function)
-        if isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(_FOREIGN):
-            mentioned = sorted(set(function.__code__.co_names) & _NAMES)
-            if mentioned:
-                self.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: make it a method, or a module")
+        if mentioned := mentions(function):
+            self.reasons.append(f"{name}, which mentions {', '.join(mentioned)}: make it a method, or a module")
 
     def _inherited(self, name: str) -> None:
-        """Report activations in a base class's method that is called through ``super()``."""
+        """Report activations in a base class's method that is called through ``super()``; follow what it calls."""
         mro = own_class(self.owner).__mro__
-        defining = next((i for i, cls in enumerate(mro) if cls.__dict__.get(self.name) is not None), 0)
-        above = next((cls for cls in mro[defining + 1 :] if name in cls.__dict__), None)
-        function = method_of(above, name) if above else None
-        if function is not None and (mentioned := sorted(set(function.__code__.co_names) & _NAMES)):
-            self.reasons.append(f"super().{name}, which mentions {', '.join(mentioned)}")
+        level = next((i for i in range(self.level + 1, len(mro)) if name in mro[i].__dict__), len(mro) - 1)
+        function = method_of(mro[level], name)
+        if function is None:
+            return
+        try:
+            reader = _Reader(self.owner, function, name, {}, self.name_of, level)
+        except UnreadError:
+            functions = mentions(function)
+        else:
+            functions = sorted({call.function for call in reader.calls if call.kind != "module"})
+            self.methods += reader.methods
+            self.reasons += reader.reasons
+            self.read |= reader.read
+        if functions:
+            self.reasons.append(f"super().{name}, which mentions {', '.join(functions)}")
 
     def _add_function(
         self,
@@ -343,6 +380,18 @@ class _Reader(ast.NodeVisitor):
             return _UNKNOWN if base is _UNKNOWN else getattr(base, node.attr, _UNKNOWN_ATTRIBUTE)
         return _UNKNOWN
 
+    def _child(self, node: ast.expr) -> tuple[nn.Module | None, str, Any]:
+        """What an expression such as ``self.net[1].act`` is, with the module that holds it and its key there."""
+        holder: Any = None
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id == self.self_name
+            holder, key = self.owner if is_own else self._child(node.value)[2], node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            holder, key = self._child(node.value)[2], str(node.slice.value)
+        if not isinstance(holder, nn.Module):
+            return None, "", None
+        return holder, key, holder._modules.get(key, holder.__dict__.get(key))
+
     def _value(self, node: ast.expr) -> Any:
         """The value of a literal, or the current value of an attribute of the module or of a nonlocal variable."""
         attribute = _attribute_of(node, self.self_name)
@@ -358,61 +407,12 @@ class _Reader(ast.NodeVisitor):
 _UNKNOWN, _UNKNOWN_ATTRIBUTE = object(), object()
 
 
-class InPlace(nn.Module):
-    """Writes the output of an activation into its input, for classes without an ``inplace`` option."""
-
-    def __init__(self, function: nn.Module) -> None:
-        super().__init__()
-        self.function, self.inplace = function, True
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the activation."""
-        return input.copy_(self.function(input.clone())) if self.inplace else cast(Tensor, self.function(input))
-
-
-def plain_module(name: str, *arguments: Any, inplace: bool = False, **options: Any) -> nn.Module:
-    """The torch module that is equivalent to a function with these arguments."""
-    plain = registry.PLAIN[name](
-        *arguments, **options, **({"inplace": True} if inplace and _can_be_in_place(name) else {})
-    )
-    return InPlace(plain) if inplace and not _can_be_in_place(name) else plain
-
-
-def _can_be_in_place(name: str) -> bool:
-    return "inplace" in inspect.signature(registry.PLAIN[name]).parameters
-
-
-def is_set(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _innermost(function: Any) -> Any:
-    return _innermost(function.func) if isinstance(function, functools.partial) else function
-
-
-def mentions(function: Any) -> list[str]:
-    """The activations that a function, or what it wraps, mentions; empty for one of a library."""
-    function = getattr(_innermost(function), "__func__", _innermost(function))
-    if not isinstance(function, FunctionType) or f"{function.__module__}.".startswith(_FOREIGN):
-        return []
-    cells = [cell.cell_contents for cell in function.__closure__ or () if is_set(cell)]
-    held = [FUNCTIONS[each][0] for each in cells if _hashable(each) and each in FUNCTIONS]
-    inner = [
-        name for each in cells if isinstance(each, FunctionType) and each is not function for name in mentions(each)
-    ]
-    return sorted({*(set(function.__code__.co_names) & _NAMES), *held, *inner})
+def _is_autograd(thing: Any) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, torch.autograd.Function)
 
 
 def _is_super(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
-
-
-def _hashable(value: object) -> bool:
-    return getattr(type(value), "__hash__", None) is not None
 
 
 def _attribute_of(node: ast.expr, name: str) -> str | None:

@@ -18,16 +18,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_noisy.replacement.call_finder import (
-    ENTRIES,
     NAME,
     Call,
     Position,
-    is_set,
-    method_of,
+    goes_through_children,
     own_class,
     position_of,
 )
-from lightning_noisy.replacement.source import UnreadError, rewritten
+from lightning_noisy.replacement.source import UnreadError, is_set, rewritten
 
 __all__ = ["CallSites", "redirect_calls"]
 
@@ -58,29 +56,13 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, nn.Module]]) -> Non
     if redirected:
         if parametrize.is_parametrized(owner):
             raise UnreadError("it is parametrized")
-        mentioned = {
-            name for method in (*ENTRIES, *(each[0] for each in redirected)) for name in _names_in(cls, method, set())
-        }
-        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or mentioned & _CHILDREN:
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or goes_through_children(cls):
             raise UnreadError("it goes through its children, and would also find the new ones")
     owner.__class__ = _subclass(cls, tuple(redirected)) if redirected else cls
     if modules:
         owner.add_module(NAME, CallSites(modules).train(owner.training))
     else:
         owner._modules.pop(NAME, None)
-
-
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
-
-
-def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
-    """The names in a method, and in those that it calls."""
-    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
-    if method is None:
-        return set()
-    seen.add(name)
-    names = set(method.__code__.co_names)
-    return names.union(*(_names_in(cls, each, seen) for each in names))
 
 
 def _subclass(cls: type[nn.Module], redirected: tuple[_Redirected, ...]) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.replacement.by_layer import ByLayer
-from lightning_noisy.replacement.call_finder import NAME, Call, calls_of, is_read, mentions, own_class
+from lightning_noisy.replacement.call_finder import NAME, Call, calls_of, goes_through_children, is_read, own_class
 from lightning_noisy.replacement.dataflow import is_layer
 from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.recognition import (
@@ -21,6 +21,8 @@ from lightning_noisy.replacement.recognition import (
     function_of,
     held_activations,
     held_function,
+    held_in,
+    mentions,
     recurrent_function,
 )
 
@@ -35,6 +37,8 @@ class Candidate:
         function: plain name of the function; empty if it is only here for its reasons.
         number: of the module that it is in, in the order of the model's tree.
         reasons: what could not be looked into.
+        is_held: whether a plain container has the module, too, so that it may be called from there.
+        is_doubled: whether its owner has the module twice, and code goes through children, which have it once.
     """
 
     path: str
@@ -46,6 +50,8 @@ class Candidate:
     call: Call | None = None
     number: int = 0
     layer_follows: bool = False
+    is_held: bool = False
+    is_doubled: bool = False
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -62,12 +68,22 @@ def walk(model: nn.Module, also: Mapping[type[nn.Module], str]) -> list[Candidat
         model: any module.
         also: classes that are activations, with the names of their functions.
     """
-    found = list(_walk(model, "", {}, also))
+    walker = _Walker(also)
+    found = list(walker.places(model, ""))
     compared = _compared_types(model)
+    goes_through = any(map(goes_through_children, {own_class(module) for module in model.modules()}))
     for each in found:
+        child = each.key if each.call is None or each.call.child is None else each.call.child
+        reason = ""
         if each.call is not None and own_class(each.owner) in compared and each.key not in each.owner._modules:
-            reason = f"{each.name}: another module looks at the type {type(each.owner).__name__}, which would change"
-            each.function, each.reasons = "", [*each.reasons, reason]
+            reason = f"another module looks at the type {type(each.owner).__name__}, which would change"
+        elif code := walker.read.get((id(each.owner), child)):
+            reason = f"{code}, which a replacement may not have"
+        if reason:
+            each.function, each.reasons = "", [*each.reasons, f"{each.name}: {reason}"]
+        each.is_held = id(each.module) in walker.held
+        siblings = list(each.owner._modules.values())
+        each.is_doubled = goes_through and each.module is not None and siblings.count(each.module) > 1
     transformer = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # whose linear2 follows
     order = {module: number for number, module in enumerate(model.modules())}
     last = max((number for module, number in order.items() if is_layer(module)), default=-1)
@@ -103,48 +119,67 @@ def function_name(module: Any, also: Mapping[type[nn.Module], str]) -> str | Non
     return function_of(module, also) or (None if origin is None else origin.function)
 
 
-def _walk(
-    owner: nn.Module, path: str, seen: dict[nn.Module, int], also: Mapping[type[nn.Module], str]
-) -> Iterator[Candidate]:
-    number = seen.setdefault(owner, len(seen))
-    where = path or "(root)"
-    if isinstance(owner, torch.jit.ScriptModule):
-        yield Candidate(path, owner, "", "", "", None, reasons=[f"{where}: it is scripted"])
-        return
-    calls, reasons = calls_of(owner, functools.partial(function_name, also=also))
-    reasons = [f"{where}: {reason}" for reason in reasons]
-    uses = {call.key: call for call in calls if call.kind == "module"}
-    sites = owner._modules.get(NAME)
-    for key, value in owner.__dict__.items():
-        if key.startswith("_"):
-            continue
-        if (function := held_function(value)) is not None and not is_read(owner):
-            reasons.append(f"{where}: {key}, a {function[0]}: the source that calls it can't be read; make it a module")
-        elif function is not None:
-            yield Candidate(path, owner, "attribute", key, *function, uses.pop(key, None), number)
-        elif not isinstance(value, nn.Module) and callable(value) and (names := mentions(value)):
-            reasons.append(f"{where}: {key}, which mentions {', '.join(names)}: make it a module")
-        elif held := held_activations(value):
-            reasons.append(f"{where}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict")
-    if reasons:
-        yield Candidate(path, owner, "", "", "", None, reasons=reasons)
-    for key, child in owner._modules.items():  # named_children() would pass over the second use of an instance
-        if child is None or key == NAME or isinstance(child, ParametrizationList):  # whose functions are of weights
-            continue
-        name = function_name(child, also)
-        if name is not None:  # what an activation consists of is no site of its own
-            yield Candidate(path, owner, "module", key, name, child, uses.pop(key, None), len(seen))
-        elif isinstance(child, RECURRENT):
-            yield Candidate(path, owner, "recurrent", key, recurrent_function(child), child, number=len(seen))
-        elif child not in seen:
-            yield from _walk(child, f"{path}.{key}" if path else key, seen, also)
-    for call in calls:
-        if call.kind == "module" and call.key not in uses:
-            continue
-        module = call.plain if sites is None else sites._modules.get(call.key, call.plain)
-        if module is None and call.child is not None:
-            module = owner._modules.get(call.child)
-            if module is None and (function := held_function(owner.__dict__.get(call.child))) is not None:
-                module = function[1]
-        # A second use is named like a child, not like a call.
-        yield Candidate(path, owner, call.kind, call.key, call.function, module, call, number)
+class _Walker:
+    """Goes through a model.
+
+    Attributes:
+        read: see :class:`~lightning_noisy.replacement.call_finder.Found`.
+        held: the ids of modules in plain containers.
+    """
+
+    def __init__(self, also: Mapping[type[nn.Module], str]) -> None:
+        self.also = also
+        self.seen: dict[nn.Module, int] = {}
+        self.read: dict[tuple[int, str], str] = {}
+        self.held: set[int] = set()
+
+    def places(self, owner: nn.Module, path: str) -> Iterator[Candidate]:
+        """The places in a module, and in those below."""
+        number = self.seen.setdefault(owner, len(self.seen))
+        where = path or "(root)"
+        if isinstance(owner, torch.jit.ScriptModule):
+            yield Candidate(path, owner, "", "", "", None, reasons=[f"{where}: it is scripted"])
+            return
+        found = calls_of(owner, functools.partial(function_name, also=self.also))
+        self.read |= found.read
+        reasons = [f"{where}: {reason}" for reason in found.reasons]
+        uses = {call.key: call for call in found.calls if call.kind == "module"}
+        sites = owner._modules.get(NAME)
+        for key, value in owner.__dict__.items():
+            if key.startswith("_"):
+                continue
+            self.held |= {id(each) for each in held_in(value) if isinstance(each, nn.Module)}
+            if (function := held_function(value)) is not None and not is_read(owner):
+                reasons.append(
+                    f"{where}: {key}, a {function[0]}: the source that calls it can't be read; make it a module"
+                )
+            elif function is not None:
+                yield Candidate(path, owner, "attribute", key, *function, uses.pop(key, None), number)
+            elif not isinstance(value, nn.Module) and callable(value) and (names := mentions(value)):
+                reasons.append(f"{where}: {key}, which mentions {', '.join(names)}: make it a module")
+            elif held := held_activations(value):
+                reasons.append(
+                    f"{where}: {held} in the container {key!r}; make it an nn.ModuleList or an nn.ModuleDict"
+                )
+        if reasons:
+            yield Candidate(path, owner, "", "", "", None, reasons=reasons)
+        for key, child in owner._modules.items():  # named_children() would pass over the second use of an instance
+            if child is None or key == NAME or isinstance(child, ParametrizationList):  # whose functions are of weights
+                continue
+            name = function_name(child, self.also)
+            if name is not None:  # what an activation consists of is no site of its own
+                yield Candidate(path, owner, "module", key, name, child, uses.pop(key, None), len(self.seen))
+            elif isinstance(child, RECURRENT):
+                yield Candidate(path, owner, "recurrent", key, recurrent_function(child), child, number=len(self.seen))
+            elif child not in self.seen:
+                yield from self.places(child, f"{path}.{key}" if path else key)
+        for call in found.calls:
+            if call.kind == "module" and call.key not in uses:
+                continue
+            module = call.plain if sites is None else sites._modules.get(call.key, call.plain)
+            if module is None and call.child is not None:
+                module = owner._modules.get(call.child)
+                if module is None and (function := held_function(owner.__dict__.get(call.child))) is not None:
+                    module = function[1]
+            # A second use is named like a child, not like a call.
+            yield Candidate(path, owner, call.kind, call.key, call.function, module, call, number)

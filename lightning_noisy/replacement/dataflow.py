@@ -20,8 +20,8 @@ from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
 from lightning_noisy._torch_internals import HOOKS, BatchNorm, tree_leaves
-from lightning_noisy.replacement.call_finder import FUNCTIONS, METHODS
 from lightning_noisy.replacement.graph import Graph, Node
+from lightning_noisy.replacement.recognition import FUNCTIONS, METHODS
 
 __all__ = ["Observed", "Pass", "Probe", "Protected", "Unseen", "call", "observe", "private_copy", "random_states_kept"]
 
@@ -50,6 +50,7 @@ class Probe(nn.Module):
         super().__init__()
         self.plain, self.function = plain, function
         self.passes: list[Pass] = []
+        self.read = ""  # an attribute of the activation that was read
         self.watch: _Watch | None = None
         self.training = plain.training
 
@@ -63,7 +64,9 @@ class Probe(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("plain"), name)
+            value = getattr(super().__getattr__("plain"), name)
+            self.__dict__["read"] = name
+            return value
 
 
 @dataclass

@@ -9,10 +9,11 @@ from torch import nn
 
 from lightning_noisy._torch_internals import HOOKS
 from lightning_noisy.replacement.by_layer import ByLayer
-from lightning_noisy.replacement.call_finder import NAME, Call, UnreadError
+from lightning_noisy.replacement.call_finder import NAME, Call
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
+from lightning_noisy.replacement.source import UnreadError
 
 __all__ = ["place"]
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_noisy._torch_internals import BatchNorm, tree_leaves
-from lightning_noisy.replacement.call_finder import ENTRIES, Call, UnreadError
+from lightning_noisy.replacement.call_finder import ENTRIES, Call
 from lightning_noisy.replacement.call_redirect import redirect_calls
 from lightning_noisy.replacement.candidates import Candidate, walk
 from lightning_noisy.replacement.copies import follow_originals
 from lightning_noisy.replacement.dataflow import Probe, observe, private_copy, random_states_kept
 from lightning_noisy.replacement.decision import Fate, fates
 from lightning_noisy.replacement.graph import Graph, Node
+from lightning_noisy.replacement.source import UnreadError
 from lightning_noisy.replacement.tracing import trace
 
 __all__ = ["Seen", "look"]
@@ -183,6 +184,10 @@ def _observe(
         candidates[:] = [each for each in candidates if each.path not in wrong]
         twin = _Twin(model, candidates, also)
         observed = observe(twin.model.eval(), inputs, list(twin.probes.values()), twin.names)
+    for name in [name for name, probe in twin.probes.items() if probe.read]:
+        unresolved.append(f"{name}: code reads its {twin.probes[name].read}, which a replacement may not have")
+        candidates[:] = [each for each in candidates if each.name != name]
+        del twin.probes[name]
     _take_in(observed.graph, twin, seen)
     missed = {(each.owner, each.function): each for each in observed.unseen}
     other = _Twin(model, candidates, also)
@@ -216,10 +221,18 @@ def _trace(twin: _Twin, candidates: list[Candidate], seen: dict[str, list[Seen]]
     fresh: dict[str, list[Seen]] = {}
     _take_in(found.graph, twin, fresh)
     seen.update({name: what for name, what in fresh.items() if name not in before})
+    # It may be called from a plain container, or not at all.
+    candidates[:] = [each for each in candidates if each.name in seen or not each.is_held]
     if observed:
         return []
+    doubled = [each for each in candidates if each.is_doubled]
+    candidates[:] = [each for each in candidates if not each.is_doubled]
     opaque = {twin.names.get(module, "") for module in found.opaque}
-    reasons = []
+    reasons = [
+        f"{each.name}: its owner has the same module twice, which code that goes through children calls once; pass"
+        " example_inputs, or make it two modules"
+        for each in doubled
+    ]
     for each in candidates:
         hidden_from = each.path in opaque or any(path == "" or each.path.startswith(f"{path}.") for path in opaque)
         if each.name not in seen and hidden_from:

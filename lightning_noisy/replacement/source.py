@@ -12,10 +12,11 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
-__all__ = ["UnreadError", "rewritten", "source_of"]
+__all__ = ["UnreadError", "is_foreign", "is_set", "nested_codes", "rewritten", "source_of"]
+_FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 # All that a code object does, without its line numbers, so that the lines above it may change.
 _PARTS = (
@@ -26,6 +27,20 @@ _PARTS = (
 
 class UnreadError(Exception):
     """Says why a method's source can't be used."""
+
+
+def is_foreign(thing: Any) -> bool:
+    """Whether a class or function is torch's, Lightning's or this package's."""
+    return f"{thing.__module__}.".startswith(_FOREIGN)
+
+
+def is_set(cell: CellType) -> bool:
+    """Whether a variable of an enclosing function has a value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 @functools.cache
@@ -45,7 +60,7 @@ def rewritten(function: FunctionType, change: Callable[[ast.FunctionDef, int], N
     name, (text, first, how) = function.__code__.co_name, _place_of(function)
     tree = _parse(text, *how)
     change(_definition(tree, name, first), first)
-    codes = _codes(_compile(ast.fix_missing_locations(tree), *how))
+    codes = nested_codes(_compile(ast.fix_missing_locations(tree), *how))
     return next(code for code in codes if (code.co_name, code.co_firstlineno) == (name, first))
 
 
@@ -71,7 +86,7 @@ def _place_of(function: FunctionType) -> tuple[str, int, tuple[str, int]]:
     wanted = _content(running)
     # Notebooks compile each statement by itself; Python compiles calls differently if it sees their names' import.
     for code in (whole, _compile(around(running.co_firstlineno), *how)):
-        same = [each for each in _codes(code) if each.co_name == running.co_name and _content(each) == wanted]
+        same = [each for each in nested_codes(code) if each.co_name == running.co_name and _content(each) == wanted]
         if same:
             first = min((each.co_firstlineno for each in same), key=lambda line: abs(line - running.co_firstlineno))
             return around(first), first, how
@@ -110,12 +125,12 @@ def _first_line(node: ast.stmt) -> int:
     return min([node.lineno, *(each.lineno for each in decorators)])
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def nested_codes(code: CodeType) -> Iterator[CodeType]:
     """All code objects nested in a code object."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
-            yield from _codes(constant)
+            yield from nested_codes(constant)
 
 
 def _content(value: object) -> object:

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_noisy import replace_activations, restore_activations
 from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.nn import NSwish
-from lightning_noisy.replacement import call_finder, call_redirect
+from lightning_noisy.replacement import call_redirect, source
 
 
 def test_a_child_that_stays_at_one_use_and_goes_at_the_other_keeps_both():
@@ -29,7 +29,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     def fails(owner, theirs):
         count.append(owner)
         if len(count) == 5:
-            raise call_finder.UnreadError("the fifth")
+            raise source.UnreadError("the fifth")
         send(owner, theirs)
 
     monkeypatch.setattr("lightning_noisy.replacement.install.redirect_calls", fails)

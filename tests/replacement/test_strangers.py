@@ -1,12 +1,9 @@
 """What people write, and what a swap made of it once: replaced losses, raised in training, left traces."""
 
 import copy
-import functools
-import io
 import random
 
 import lightning as L
-import numpy
 import pytest
 import torch
 from helpers import loader, quiet_trainer
@@ -25,128 +22,6 @@ def roles(sites):
 
 def swished(model):
     return [name for name, module in model.named_modules() if isinstance(module, NSwish)]
-
-
-# Looking
-
-
-class Busy(nn.Module):
-    """Changes all that it can in its forward."""
-
-    seen = 0
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
-        self.register_buffer("ema", torch.zeros(6))
-        self.log, self.norm = [], nn.BatchNorm1d(6)
-
-    def forward(self, x):
-        self.ema = 0.9 * self.ema + 0.1 * x.mean(0)
-        self.log.append(float(random.random() + numpy.random.rand() + torch.rand(())))
-        self.last_input = x
-        return self.last(F.relu(self.norm(self.first(x))))
-
-
-@pytest.mark.parametrize("inputs", [None, ROWS])
-@pytest.mark.parametrize("training", [True, False])
-def test_looking_changes_nothing(inputs, training):
-    model = Busy().train(training)
-    hooked = []
-    model.first.register_forward_hook(lambda *_: hooked.append(1))
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    state, log = copy.deepcopy(model.state_dict()), list(model.log)
-    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert roles(activation_sites(model, inputs)) == {":relu#0": "hidden"}
-    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
-    assert {module: dict(vars(module)) for module in model.modules()} == attributes
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert (model.log, hooked) == (log, [])
-    torch.save(model.state_dict(), io.BytesIO())
-
-
-def test_no_module_of_the_user_is_run_to_find_out_what_it_is():
-    class Log(nn.Module):
-        def forward(self, x):
-            raise AssertionError("was run")
-
-    class Sine(nn.Module):
-        def forward(self, x):
-            return torch.sin(30 * x)
-
-    model = nn.Sequential(Sine(), nn.Linear(6, 6), Log(), nn.Linear(6, 6))
-    assert list(activation_sites(model)) == []
-    assert roles(activation_sites(nn.Sequential(nn.Linear(6, 6), Sine(), nn.Linear(6, 6)), also=(Sine,))) == {
-        "1": "hidden"
-    }
-    with pytest.raises(TypeError, match="also must have classes of modules, such as"):
-        activation_sites(model, also=(torch.sin,))
-
-
-class Writes(nn.Module):
-    """Changes its parameters in its forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c, self.codes = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Embedding(5, 6)
-
-    def forward(self, x):
-        with torch.no_grad():
-            self.b.weight.copy_(F.normalize(self.b.weight))
-            self.b.weight[0] = 1.0
-            torch._foreach_mul_(list(self.b.parameters()), 0.9)
-            torch.mul(self.c.weight, 2.0, out=self.c.weight)
-        self.codes.weight.data.mul_(0.9).add_(1.0)
-        self.a.weight.data = self.a.weight.data.renorm(2, 0, 1.0)
-        for parameter in self.parameters():
-            parameter.data.clamp_(-0.01, 0.01)
-        return self.c(F.relu(self.b(F.relu(self.a(x)))))
-
-
-@pytest.mark.parametrize("inputs", [None, ROWS])
-def test_looking_writes_into_no_parameter(inputs):
-    model = Writes()
-    before = copy.deepcopy(model.state_dict())
-    versions = [parameter._version for parameter in model.parameters()]
-    assert set(roles(activation_sites(model, inputs)).values()) == {"hidden"}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [parameter._version for parameter in model.parameters()] == versions
-
-
-def test_a_forward_that_differentiates_is_looked_into():
-    class Energy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 1)
-
-        def forward(self, x):
-            x = x.detach().requires_grad_(True)
-            energy = self.b(F.softplus(self.a(x))).sum()
-            energy.backward(retain_graph=True, create_graph=True)
-            return energy, torch.autograd.grad(energy, x, create_graph=True)[0]
-
-    model = Energy()
-    assert roles(activation_sites(model, ROWS)) == {":softplus#0": "hidden"}
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_what_can_not_be_copied_is_named():
-    class Locked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.file, self.first, self.act, self.last = open(__file__), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)  # noqa: SIM115
-
-        def forward(self, x):
-            return self.last(self.act(self.first(x)))
-
-    model = Locked()
-    sites = activation_sites(model)
-    assert "can't be copied" in sites.unresolved[0]
-    assert roles(sites) == {"act": "hidden"}
-    model.file.close()
-
-
-# Loops, shared weights, other entries
 
 
 class Encoder(nn.Module):
@@ -237,9 +112,6 @@ def test_a_module_that_is_reached_in_several_ways_has_a_state_for_each_layer():
         assert {m.num_batches_tracked.item() for m in twin.modules() if isinstance(m, NSwish)} == {4}
 
 
-# Losses
-
-
 class Losses(L.LightningModule):
     def __init__(self):
         super().__init__()
@@ -274,155 +146,8 @@ def test_losses_stay(inputs, to):
     assert model.hinge(score, torch.ones(4, 1)) == 0
 
 
-# Sources
-
-
 def relu(x):
     return x.clamp_min(0)
-
-
-class Local(nn.Module):
-    """A name that means something else here."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last, self.g = nn.Linear(6, 6), nn.Linear(6, 6), F.gelu
-
-    def forward(self, x, kind="relu"):
-        def relu(z):
-            return z + 1
-
-        text = """
-a line at the beginning
-"""
-        # a comment at the beginning of a line
-        match kind:
-            case str() as tanh:
-                tanh = tanh.upper()
-        x = self.g(self.first(x), approximate="tanh")
-        return self.last(relu(x)) if text else x
-
-
-class Kinds(nn.Sequential):
-    """Looks at types and children, in a helper."""
-
-    def layers(self):
-        return [child for child in self.children() if type(child) is not nn.Identity]
-
-    def forward(self, x):
-        for layer in self.layers():
-            x = layer(x) if type(layer) is Block else F.relu(layer(x))
-        return self[-1](x)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.last(F.relu(self.first(x)))
-
-
-@pytest.mark.parametrize("make", [Local, lambda: Kinds(nn.Linear(6, 6), Block(), nn.Linear(6, 6))])
-@pytest.mark.parametrize("inputs", [None, ROWS])
-@pytest.mark.filterwarnings("ignore:replace_activations")
-def test_a_swap_by_itself_gives_the_same_or_nothing(make, inputs):
-    torch.manual_seed(0)
-    model = make()
-    expected = model(ROWS)
-    replace_activations(
-        model,
-        lambda site: copy.deepcopy(site.module),
-        example_inputs=inputs,
-        gates=True,
-        outputs=True,
-        after_residual=True,
-    )
-    assert torch.equal(model(ROWS), expected)
-    replace_activations(model, "nsw", example_inputs=inputs)
-    assert model(ROWS).isfinite().all()
-
-
-def without_wraps(function):
-    return lambda *arguments: function(*arguments)
-
-
-class Hidden(nn.Module):
-    """Activations where no source shows them."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.first, self.last, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
-        if how == "lambda":
-            self.act = lambda x: F.relu(x)
-        elif how == "partial":
-            self.act = functools.partial(F.relu, inplace=True)
-        elif how == "bound":
-            self.act = self.squash
-        elif how == "decorated":
-            self.act = without_wraps(F.relu)
-
-    def squash(self, x):
-        return torch.relu(x)
-
-    def default(self, x, act=F.relu):
-        return act(x)
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.last(self.default(x) if self.how == "default" else self.act(x))
-
-
-@pytest.mark.parametrize("how", ["lambda", "partial", "bound", "decorated", "default"])
-def test_activations_that_no_call_shows_are_replaced_or_named(how):
-    for inputs in (None, ROWS):
-        sites = activation_sites(Hidden(how), inputs)
-        assert "hidden" in roles(sites).values() or sites.unresolved
-
-
-def test_a_held_function_whose_calls_can_not_be_read_stays():
-    code = {}
-    source = "def forward(self, x): return self.last(self.g(self.first(x), approximate='tanh'))"
-    exec(compile(source, "<of its own>", "exec"), code)
-    model = type("Unread", (nn.Module,), {"forward": code["forward"]})()
-    model.first, model.last, model.g = nn.Linear(6, 6), nn.Linear(6, 6), F.gelu
-    for inputs in (None, ROWS):
-        sites = activation_sites(model, inputs)
-        assert list(sites) == []
-        assert "(root): g, a gelu: the source that calls it can't be read" in sites.unresolved[0]
-
-
-# Unused
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last, self.act, self.other = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Tanh()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(6))
-
-    def forward(self, x, extra=None):
-        if extra is not None:
-            x = self.other(x)
-        for layer in self.layers:
-            if not (self.training and random.random() < 0.5):  # LayerDrop
-                x = x + layer(x)
-        return self.last(x)
-
-
-@pytest.mark.parametrize("inputs", [None, ROWS])
-@pytest.mark.parametrize("seed", range(3))
-def test_unused_places_stay_and_dropped_layers_are_all_seen(inputs, seed):
-    random.seed(seed)
-    model = Branches()
-    sites = activation_sites(model, inputs)
-    assert roles(sites) == {"act": "unused", "other": "unused", **{f"layers.{i}.1": "hidden" for i in range(6)}}
-    replace_activations(model, "nsw", example_inputs=inputs)
-    assert swished(model) == [f"layers.{i}.1" for i in range(6)]
-
-
-# Options
 
 
 def test_hardtanh_keeps_its_limits_as_a_noisy_one():
@@ -491,25 +216,6 @@ def test_a_swap_says_in_one_line_what_it_did(caplog):
     ]
 
 
-def test_strict_refuses_what_is_unresolved_and_changes_nothing():
-    model = Hidden("lambda")
-    model.extra = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-    before = repr(model)
-    with pytest.raises(ValueError, match="strict=True needs all activations to be resolved.*act, which mentions relu"):
-        replace_activations(model, "nsw", strict=True)
-    assert repr(model) == before
-    replace_activations(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), "nsw", strict=True)
-
-
-def test_an_identity_turns_calls_into_modules():
-    torch.manual_seed(0)
-    model = Block()
-    expected = model(ROWS)
-    replace_activations(model, {"relu": "relu"})
-    assert type(model.activation_calls["relu#0"]) is nn.ReLU
-    assert torch.equal(model(ROWS), expected)
-
-
 @pytest.mark.parametrize("inputs", [None, torch.randn(4, 3, 16, 16)])
 def test_initialization_of_the_layers_before_normalized_activations(inputs, caplog):
     class Fire(nn.Module):
@@ -556,3 +262,29 @@ def test_swapping_again_after_c_changed_keeps_what_was_learned():
     replace_activations(model, "nah(c=0.5)")
     assert model[1] is before
     assert torch.equal(model[1].p, p)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.act, self.other = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(), nn.Tanh()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(6))
+
+    def forward(self, x, extra=None):
+        if extra is not None:
+            x = self.other(x)
+        for layer in self.layers:
+            if not (self.training and random.random() < 0.5):  # LayerDrop
+                x = x + layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("inputs", [None, ROWS])
+@pytest.mark.parametrize("seed", range(3))
+def test_unused_places_stay_and_dropped_layers_are_all_seen(inputs, seed):
+    random.seed(seed)
+    model = Branches()
+    sites = activation_sites(model, inputs)
+    assert roles(sites) == {"act": "unused", "other": "unused", **{f"layers.{i}.1": "hidden" for i in range(6)}}
+    replace_activations(model, "nsw", example_inputs=inputs)
+    assert swished(model) == [f"layers.{i}.1" for i in range(6)]
