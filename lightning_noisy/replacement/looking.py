@@ -150,9 +150,7 @@ def look(
                 unresolved.append(
                     f"{type(model).__name__}: its example_input_array doesn't suit it ({type(error).__name__}: {error})"
                 )
-                example_inputs = None
-        if example_inputs is None:
-            twin = _Twin(model, candidates, also)
+                example_inputs, twin = None, _Twin(model, candidates, also)
         unresolved += _trace(twin, candidates, seen, observed=example_inputs is not None)
     follow_originals(model, [each.name for each in candidates], seen)
     for each in (one for several in seen.values() for one in several):

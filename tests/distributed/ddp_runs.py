@@ -59,6 +59,22 @@ def run(model: Net, callbacks: list[L.Callback], out: Path, name: str, **options
         torch.save(callbacks[0].drawn, out / f"drawn-{trainer.global_rank}.pt")
 
 
+class Branches(nn.Module):
+    """Has an activation that is never called, and branches that are not taken; DDP waits for all parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.unused, self.act, self.other = nn.ReLU(), nn.ReLU(), nn.Tanh()
+        self.is_special = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        if self.is_special:
+            x = self.other(x) + nn.functional.gelu(x)
+        return self.last(x)
+
+
 class Unseeded(GradientNoise):
     """Keeps the seed that was drawn."""
 
@@ -78,6 +94,9 @@ def main(out: Path) -> None:
     run(model, [GradientNoise(seed=0), ActivationMonitor(), Disturb()], out, "swap")
     torch.manual_seed(0)
     run(Net(optimizer=still), [ActivationReplacement("nsw(synchronized=True)"), Disturb()], out, "pooled")
+    for name, inputs in (("branches", None), ("seen branches", torch.randn(4, 8))):
+        torch.manual_seed(0)
+        run(Net(replace_activations(Branches(), "nsw", example_inputs=inputs)), [], out, name)
     model = Net(nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
     run(
         model,

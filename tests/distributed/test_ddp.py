@@ -64,6 +64,13 @@ def test_swapped_model_has_equal_parameters_on_all_ranks(out):
     assert first["net.1.alpha"] != 0
 
 
+@pytest.mark.parametrize("name", ["branches", "seen branches"])
+def test_ddp_waits_for_no_parameter_of_an_unused_place(out, name):
+    first, second = states(out, name)
+    assert [key for key in first if key.endswith("alpha")] == ["net.act.alpha"]
+    assert first["net.act.alpha"] == second["net.act.alpha"] != 0
+
+
 def test_synchronized_statistics_are_those_of_one_process_with_all_data(out, runs):
     first, second = states(out, "pooled")
     assert equal(first, second)
