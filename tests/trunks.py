@@ -329,6 +329,31 @@ class PositionBias(nn.Module):
         return self.last(F.gelu(self.first(x)) + bias)
 
 
+class FromNoise(nn.Module):
+    """A generator that draws its input, and scales noise by a parameter, as StyleGAN's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.w = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Parameter(torch.ones(6, 8))
+        self.mid, self.last, self.strength = nn.Linear(8, 8), nn.Linear(8, 6), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        h = self.net(torch.randn(len(x), 6)) + F.gelu(torch.randn(len(x), 6) @ self.w)
+        return torch.tanh(self.last(F.leaky_relu(self.mid(h) + self.strength * torch.randn_like(h))))
+
+
+class HyperNetwork(nn.Module):
+    """Computes the weight of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.hyper = nn.Linear(6, 8), nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, x):
+        weight = self.hyper(x.mean(0)).view(2, 8)
+        return F.softplus(F.linear(torch.tanh(self.first(x)), weight))
+
+
 class RecurrentCell(nn.Module):
     """An LSTM by hand."""
 
@@ -412,6 +437,10 @@ TRUNKS = {
         ":leaky_relu#0": "formula", ":elu#0": "formula", ":elu#1": "formula", ":relu#3": "hidden",
         ":relu#3@2": "hidden", ":tanh#0": "hidden",
     }),
+    "from noise": (FromNoise, (ROWS,), {
+        "net.1": "hidden", ":gelu#0": "hidden", ":leaky_relu#0": "hidden", ":tanh#0": "output",
+    }),
+    "hypernetwork": (HyperNetwork, (ROWS,), {"hyper.1": "hidden", ":tanh#0": "hidden", ":softplus#0": "output"}),
     "position bias": (PositionBias, (ROWS,), {"net.1": "formula", ":sigmoid#0": "formula", ":gelu#0": "hidden"}),
     "recurrent": (RecurrentCell, (SERIES,), {
         ":sigmoid#0": "gate", ":sigmoid#1": "gate", ":tanh#0": "hidden", ":sigmoid#2": "gate", ":tanh#1": "residual",

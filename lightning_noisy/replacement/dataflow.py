@@ -104,7 +104,9 @@ class Observed:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy to look into: parameters are shared, all else is its own. The user's hooks are not on it.
+    """A copy to look into: parameters are shared, all else is its own.
+
+    Of the user's hooks it has the methods of its own modules; others may write anywhere.
 
     Raises:
         Exception: whatever copying the attributes of a module raises.
@@ -115,13 +117,21 @@ def private_copy(model: nn.Module) -> nn.Module:
             shared[id(leaf)] = leaf.detach().clone()
     with torch.no_grad():
         twin = copy.deepcopy(model, shared)
-    for module in twin.modules():
+    inside = set(twin.modules())
+    for module in inside:
         for name in HOOKS:
             for key, hook in list(getattr(module, name).items()):
-                # Those of torch make weights, as weight_norm's; the user's may write anywhere.
-                if not (getattr(hook, "__module__", None) or type(hook).__module__).startswith(_OWN_HOOKS):
+                # Those of torch make weights, as weight_norm's.
+                is_torchs = (getattr(hook, "__module__", None) or type(hook).__module__).startswith(_OWN_HOOKS)
+                if not is_torchs and getattr(hook, "__self__", None) not in inside:
                     del getattr(module, name)[key]
     return twin
+
+
+def has_lost_hooks(model: nn.Module, twin: nn.Module) -> bool:
+    """Whether a private copy has fewer hooks than the model."""
+    counts = [sum(len(getattr(m, name)) for m in each.modules() for name in HOOKS[:5]) for each in (model, twin)]
+    return counts[0] > counts[1]
 
 
 @contextmanager
@@ -233,7 +243,7 @@ class _Watch(Protected):
             inputs = [self.node_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             kind = "layer" if any(True for _ in module.parameters()) else "other"
             for leaf in unknown:
-                self.note(leaf, Node(kind, inputs))
+                self.note(leaf, Node(kind, inputs, name=type(module).__name__))
         if is_layer(module):
             self._layer = module
             self._clock += 1

@@ -29,7 +29,14 @@ _PRODUCTS = {"mul", "rmul", "imul", "multiply"}
 _QUOTIENTS = {"div", "truediv", "itruediv", "true_divide", "divide"}
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _SCALES = {"neg", "negative", "rtruediv", "reciprocal", "square", "pow", "rpow"}
-_RANDOM = {"randn", "rand", "randn_like", "rand_like", "normal_", "uniform_", "exponential_"}
+_RANDOM = {
+    "randn", "rand", "randn_like", "rand_like", "randint", "randint_like", "bernoulli", "bernoulli_", "normal_",
+    "uniform_", "exponential_",
+}  # fmt: skip
+_LAYERS = {
+    "linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
+_MATRIX_PRODUCTS = {"matmul", "rmatmul", "mm", "addmm", "einsum"}
 _MASKS = {
     "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isfinite", "isinf", "logical_and", "logical_or", "logical_not",
     "bool", "int", "long", "argmax", "argmin", "argsort", "size", "dim", "numel", "shape", "device", "dtype",
@@ -46,10 +53,10 @@ class Node:
             several branches; ``"scale"`` by a constant or a parameter; ``"move"``; or ``"other"``.
         inputs: what goes in.
         is_data: whether it is of floating point and depends on the model's inputs.
-        depends: whether it depends on them at all.
+        depends: whether it depends on them, or on random numbers, at all.
         users: what it goes into.
         site: the site, of its kind.
-        name: of the operation, for the last six of these kinds; ``"shift"`` if it adds a number.
+        name: of the operation; ``"shift"`` if it adds a number.
         module: the layer whose output it is.
     """
 
@@ -63,7 +70,7 @@ class Node:
         self.module: nn.Module | None = None
         source = kind in ("input", "unknown", "layer") or (kind == "site" and not self.inputs)
         self.is_data: bool = kind not in ("mask", "index") and (source or any(n.is_data for n in self.inputs))
-        self.depends: bool = kind == "index" or source or any(n.depends for n in self.inputs)
+        self.depends: bool = kind in ("index", "random") or source or any(n.depends for n in self.inputs)
         for node in self.inputs:
             node.users.append(self)
 
@@ -118,12 +125,16 @@ class Graph:
             return Node("random")
         name = name.strip("_")
         if not floating or name in _MASKS:
-            return Node("mask", inputs)
+            return Node("mask", inputs, name=name)
         data = list(dict.fromkeys(node for node in inputs if node.is_data))
+        learned = any(node.kind == "parameter" for node in inputs)
+        if name in _LAYERS and len(inputs) > 1 and any(node.depends for node in inputs):
+            return Node("layer", inputs, name=name)  # whose weight may be computed, as a hypernetwork's
+        if name in _MATRIX_PRODUCTS and learned and any(node.kind == "random" for node in inputs):
+            return Node("layer", inputs, name=name)
         if not data:
-            learned = any(node.kind == "parameter" for node in inputs)
-            if learned and any(node.depends and node.kind != "parameter" for node in inputs):
-                return Node("layer", inputs)  # an embedding
+            if learned and any(node.depends and node.kind not in ("parameter", "random") for node in inputs):
+                return Node("layer", inputs, name=name)  # an embedding
             return Node("parameter" if learned else "constant", inputs)
         if name in _PRODUCTS:
             return self._product(name, data, inputs)
@@ -141,7 +152,7 @@ class Graph:
             kept = [node for node in dict.fromkeys(factors) if node.is_data]
             make = self._product if name == "addcmul" else self._quotient
             return Node("sum", [first, make(name, kept, factors) if kept else Node("constant", factors)], name=name)
-        if any(node.kind == "parameter" for node in inputs):
+        if learned:
             return Node("layer", inputs, name=name)
         if name == "einsum":
             return self._product(name, data, inputs)

@@ -14,7 +14,7 @@ from lightning_noisy.replacement.call_finder import ENTRIES, Call
 from lightning_noisy.replacement.call_redirect import redirect_calls
 from lightning_noisy.replacement.candidates import Candidate, walk
 from lightning_noisy.replacement.copies import follow_originals
-from lightning_noisy.replacement.dataflow import Probe, observe, private_copy, random_states_kept
+from lightning_noisy.replacement.dataflow import Probe, has_lost_hooks, observe, private_copy, random_states_kept
 from lightning_noisy.replacement.decision import Fate, fates
 from lightning_noisy.replacement.graph import Graph, Node
 from lightning_noisy.replacement.source import UnreadError
@@ -94,10 +94,8 @@ class _Twin:
             if each.name not in wanted or each.module is None or only not in (None, each.path):
                 continue
             probe = self.probes[each.name] = Probe(each.module, each.function)
-            if each.kind == "attribute":
-                del each.owner.__dict__[each.key]
-                each.owner._modules[each.key] = probe
-            elif each.kind == "module" and each.key in each.owner._modules:
+            if each.kind == "attribute" or (each.kind == "module" and each.key in each.owner._modules):
+                each.owner.__dict__.pop(each.key, None)
                 each.owner._modules[each.key] = probe
             else:
                 assert each.call is not None
@@ -145,11 +143,15 @@ def look(
             try:
                 unresolved += _observe(model, twin, candidates, example_inputs, also, seen)
             except Exception as error:
-                if asked:
+                lost = has_lost_hooks(model, twin.model)
+                if asked and not lost:
                     raise
-                unresolved.append(
-                    f"{type(model).__name__}: its example_input_array doesn't suit it ({type(error).__name__}: {error})"
+                why = (
+                    "it can't run without its hooks, which may write anywhere"
+                    if lost
+                    else ("its example_input_array doesn't suit it")
                 )
+                unresolved.append(f"{type(model).__name__}: {why} ({type(error).__name__}: {error})")
                 example_inputs, twin = None, _Twin(model, candidates, also)
         unresolved += _trace(twin, candidates, seen, observed=example_inputs is not None)
     follow_originals(model, [each.name for each in candidates], seen)

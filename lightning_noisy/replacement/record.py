@@ -123,6 +123,10 @@ class Record:
         if key in within.__dict__:
             self._attributes.setdefault((owner, key), within.__dict__.pop(key))
         within._modules[key] = module
+        is_attribute = (owner, key) in self._attributes
+        if is_attribute and type(within).__setstate__ is not nn.Module.__setstate__:
+            # It may set what isn't there, as that of TransformerDecoderLayer does in every copy.
+            within.__dict__[key] = module
 
     def set_attribute(self, model: nn.Module, owner: str, key: str, value: Any) -> None:
         """Set a plain attribute, and record what it replaces."""

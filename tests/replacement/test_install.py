@@ -1,13 +1,17 @@
 """Modules in the places of activations."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from patterns import ROWS, Inception, ResNet, replaced
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_noisy import replace_activations, restore_activations
 from lightning_noisy.monitoring.recorder import ActivationRecorder
-from lightning_noisy.nn import NSwish
+from lightning_noisy.nn import NReLU, NSwish
 from lightning_noisy.replacement import call_redirect, source
 
 
@@ -101,3 +105,30 @@ def test_recorder_measures_each_use_of_a_module_by_itself():
         h, output = h.double().numpy(), output.double().numpy()
         assert found[f"rho/{name}"].item() == pytest.approx((output**2).mean() / h.var(), rel=1e-5)
     assert found["rho/act"] != found["rho/act#2"]
+
+
+@pytest.mark.parametrize("cls", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda layer: nn.ModuleList([layer]),  # what the copies are compared with
+        lambda layer: nn.ModuleList([copy.deepcopy(layer)]),
+        lambda layer: nn.ModuleList([pickle.loads(pickle.dumps(layer))]),
+        lambda layer: nn.TransformerDecoder(layer, 2).layers,
+    ],
+)
+def test_copies_of_torchs_layers_have_the_activation(cls, copied):
+    torch.manual_seed(0)
+    layer = replace_activations(cls(8, 2, 16, activation=F.relu, batch_first=True), "nsw")
+    x = torch.randn(2, 5, 8)
+    inputs = (x,) if cls is nn.TransformerEncoderLayer else (x, x)
+    layer(*inputs)
+    expected = layer.eval()(*inputs)
+    for each in copied(layer):
+        assert torch.equal(each(*inputs), expected)
+        assert type(each.activation) is NSwish
+        assert each.activation is each._modules["activation"]
+        replace_activations(each, "nrelu")
+        assert type(copy.deepcopy(each).activation) is NReLU
+        assert restore_activations(each).activation is F.relu
+        assert "activation" not in each._modules

@@ -133,3 +133,39 @@ def test_what_can_not_be_copied_is_named():
     assert "can't be copied" in sites.unresolved[0]
     assert roles(sites) == {"act": "hidden"}
     model.file.close()
+
+
+class Hooked(nn.Module):
+    """Needs what its own hooks have kept."""
+
+    def __init__(self, is_method):
+        super().__init__()
+        self.first, self.act, self.last, self.kept = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), []
+        keep = self.keep if is_method else lambda *arguments: self.keep(*arguments)
+        self.first.register_forward_hook(keep)
+
+    def keep(self, _, __, output):
+        self.kept.append(output)
+
+    def forward(self, x):
+        self.kept.clear()
+        return self.last(self.act(self.first(x))) + self.kept[0]
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+def test_a_model_that_needs_its_hooks_is_looked_into_or_named(is_method):
+    model = Hooked(is_method)
+    model(ROWS)
+    kept = list(model.kept)
+    sites = activation_sites(model, ROWS)
+    assert [a is b for a, b in zip(kept, model.kept, strict=True)] == [True]
+    assert roles(sites) == {"act": "hidden"}
+    assert bool(sites.unresolved) is not is_method
+    assert is_method or sites.unresolved[0].startswith(
+        "Hooked: it can't run without its hooks, which may write anywhere"
+    )
+
+
+def test_inputs_that_do_not_suit_raise_what_the_model_raises():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        activation_sites(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(4, 5))
