@@ -28,11 +28,10 @@ from lightning_noisy.replacement.recognition import (
     mentions,
     plain_module,
 )
-from lightning_noisy.replacement.source import UnreadError, is_foreign, is_set, nested_codes, source_of
+from lightning_noisy.replacement.source import ENTRIES, UnreadError, is_foreign, is_set, method_of, own_class, source_of
 
-__all__ = ["Call", "Found", "calls_of", "goes_through_children", "own_class", "position_of"]
+__all__ = ["Call", "Found", "calls_of", "position_of"]
 NAME = "activation_calls"  # the child that holds the modules of redirected calls
-ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _OF_MODULES = set(dir(nn.Module()))
 Position = tuple[int, int, int, int]
 
@@ -80,22 +79,6 @@ class Found:
     read: dict[tuple[int, str], str] = field(default_factory=dict)
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before its forward was rewritten."""
-    return cast(type[nn.Module], getattr(type(module), "_original_class", type(module)))
-
-
-def method_of(cls: type, name: str) -> FunctionType | None:
-    """A method without its decorators, or None if it is from torch, Lightning or this package."""
-    found = inspect.getattr_static(cls, name, None)
-    if isinstance(found, (staticmethod, classmethod, property)):
-        return None
-    found = inspect.unwrap(found) if callable(found) else None
-    if not isinstance(found, FunctionType) or is_foreign(found):
-        return None
-    return found if found.__code__.co_argcount else None
-
-
 def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> Found:
     """The calls of activation functions, and of children that are activations, in the code of a module's class.
 
@@ -128,25 +111,6 @@ def calls_of(owner: nn.Module, name_of: Callable[[Any], str | None]) -> Found:
         found.read |= reader.read
         waiting += [each for each in reader.methods if each not in seen]
     return found
-
-
-def goes_through_children(cls: type) -> bool:
-    """Whether a class's code asks for the children of a module, in ``forward`` or in what it calls, or Lightning's."""
-    seen = set[str]()
-    return any(_names_in(cls, name, seen) & _CHILDREN for name in ENTRIES)
-
-
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules", "checkpoint_sequential"}
-
-
-def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
-    """The names in a method, and in those that it calls."""
-    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
-    if method is None:
-        return set()
-    seen.add(name)
-    names = {each for code in (method.__code__, *nested_codes(method.__code__)) for each in code.co_names}
-    return names.union(*(_names_in(cls, each, seen) for each in names))
 
 
 def is_read(owner: nn.Module) -> bool:

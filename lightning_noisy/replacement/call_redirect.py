@@ -17,15 +17,8 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_noisy.replacement.call_finder import (
-    NAME,
-    Call,
-    Position,
-    goes_through_children,
-    own_class,
-    position_of,
-)
-from lightning_noisy.replacement.source import UnreadError, is_set, rewritten
+from lightning_noisy.replacement.call_finder import NAME, Call, Position, position_of
+from lightning_noisy.replacement.source import UnreadError, goes_through_children, is_set, own_class, rewritten
 
 __all__ = ["CallSites", "redirect_calls"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_noisy.replacement.by_layer import ByLayer
-from lightning_noisy.replacement.call_finder import NAME, Call, calls_of, goes_through_children, is_read, own_class
+from lightning_noisy.replacement.call_finder import NAME, Call, calls_of, is_read
 from lightning_noisy.replacement.dataflow import is_layer
 from lightning_noisy.replacement.origin import Origin
 from lightning_noisy.replacement.recognition import (
@@ -25,6 +25,7 @@ from lightning_noisy.replacement.recognition import (
     mentions,
     recurrent_function,
 )
+from lightning_noisy.replacement.source import goes_through_children, own_class
 
 __all__ = ["Candidate", "function_name", "walk"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lightning_noisy.replacement.call_finder import own_class
 from lightning_noisy.replacement.graph import Node
+from lightning_noisy.replacement.source import own_class
 
 if TYPE_CHECKING:
     from lightning_noisy.replacement.looking import Seen

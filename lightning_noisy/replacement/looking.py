@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_noisy._torch_internals import BatchNorm, tree_leaves
-from lightning_noisy.replacement.call_finder import ENTRIES, Call
+from lightning_noisy.replacement.call_finder import Call
 from lightning_noisy.replacement.call_redirect import redirect_calls
 from lightning_noisy.replacement.candidates import Candidate, walk
 from lightning_noisy.replacement.copies import follow_originals
 from lightning_noisy.replacement.dataflow import Probe, has_lost_hooks, observe, private_copy, random_states_kept
 from lightning_noisy.replacement.decision import Fate, fates
 from lightning_noisy.replacement.graph import Graph, Node
-from lightning_noisy.replacement.source import UnreadError
+from lightning_noisy.replacement.source import ENTRIES, UnreadError
 from lightning_noisy.replacement.tracing import trace
 
 __all__ = ["Seen", "look"]

@@ -1,4 +1,4 @@
-"""Read the source of a function, if it is that of the running code, and compile the function after a change of it.
+"""The methods of a module's class, and their source, if it is that of the running code; compile one after a change.
 
 The file is compiled again as Python did on import. If that doesn't give the running code, the file has changed.
 Nothing here depends on the bytecode of a Python version.
@@ -15,7 +15,21 @@ from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
-__all__ = ["UnreadError", "is_foreign", "is_set", "nested_codes", "rewritten", "source_of"]
+from torch import nn
+
+__all__ = [
+    "ENTRIES",
+    "UnreadError",
+    "goes_through_children",
+    "is_foreign",
+    "is_set",
+    "method_of",
+    "nested_codes",
+    "own_class",
+    "rewritten",
+    "source_of",
+]
+ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 # All that a code object does, without its line numbers, so that the lines above it may change.
@@ -41,6 +55,41 @@ def is_set(cell: CellType) -> bool:
     except ValueError:
         return False
     return True
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before its forward was rewritten."""
+    return cast(type[nn.Module], getattr(type(module), "_original_class", type(module)))
+
+
+def method_of(cls: type, name: str) -> FunctionType | None:
+    """A method without its decorators, or None if it is from torch, Lightning or this package."""
+    found = inspect.getattr_static(cls, name, None)
+    if isinstance(found, (staticmethod, classmethod, property)):
+        return None
+    found = inspect.unwrap(found) if callable(found) else None
+    if not isinstance(found, FunctionType) or is_foreign(found):
+        return None
+    return found if found.__code__.co_argcount else None
+
+
+def goes_through_children(cls: type) -> bool:
+    """Whether a class's code asks for the children of a module, in ``forward`` or in what it calls, or Lightning's."""
+    seen = set[str]()
+    return any(_names_in(cls, name, seen) & _CHILDREN for name in ENTRIES)
+
+
+_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules", "checkpoint_sequential"}
+
+
+def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
+    """The names in a method, and in those that it calls."""
+    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
+    if method is None:
+        return set()
+    seen.add(name)
+    names = {each for code in (method.__code__, *nested_codes(method.__code__)) for each in code.co_names}
+    return names.union(*(_names_in(cls, each, seen) for each in names))
 
 
 @functools.cache
