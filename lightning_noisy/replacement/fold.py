@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_noisy._torch_internals import HOOKS, tree_leaves
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.normalized import NormalizedActivation
-from lightning_noisy.replacement.dataflow import Observed, Probe, observe, private_copy
+from lightning_noisy.replacement.dataflow import Observed, Probe, has_lost_hooks, observe, private_copy
 from lightning_noisy.replacement.graph import MOVES, Node
 from lightning_noisy.replacement.origin import Origin
 
@@ -45,7 +45,8 @@ def fold_normalization(model: nn.Module, example_inputs: Any) -> nn.Module:
     Raises:
         TypeError: if ``model`` is not a module.
         ValueError: if the output for the example inputs is not finite.
-        RuntimeError: if the output would change. After any error the model is as before.
+        RuntimeError: if the output would change, or a copy can't run without the model's hooks. After any error the
+            model is as before.
 
     Warns:
         UserWarning: names the activations that stay normalized, with the reasons.
@@ -108,7 +109,15 @@ def _observe(model: nn.Module, inputs: Any) -> tuple[Observed, dict[str, Probe]]
                 module._modules[key] = probes[names[child]]
     if "" in probes:
         twin = probes[""]
-    return observe(twin, inputs, list(probes.values()), names), probes
+    try:
+        return observe(twin, inputs, list(probes.values()), names), probes
+    except Exception as error:
+        if has_lost_hooks(model, twin):
+            raise RuntimeError(
+                f"{type(model).__name__} can't be folded: a copy of it is run, without hooks that are no methods of its"
+                " modules, and needs these."
+            ) from error
+        raise
 
 
 def _plan(model: nn.Module, name: str, observed: Observed, probe: Probe) -> list[nn.Module] | str:

@@ -262,3 +262,15 @@ def test_output_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         fold_normalization(model, torch.full((3, 2), torch.nan))
     assert type(model[0]) is NSwish
+
+
+def test_a_model_that_needs_its_hooks_says_so():
+    kept = []
+    model = nn.Sequential(nn.Linear(4, 4), NReLU(), nn.Linear(4, 4), nn.Identity())
+    model[0].register_forward_hook(lambda _, __, output: kept.append(output))
+    model[3].forward = lambda x: x + kept.pop()
+    x = torch.randn(32, 4)
+    model(x)
+    with pytest.raises(RuntimeError, match="Sequential can't be folded: a copy of it is run, without hooks"):
+        fold_normalization(model, x)
+    assert kept == []
