@@ -250,6 +250,8 @@ class ActivationReplacement(pl.Callback):
             step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
         if self._blending is not None:
             self._b = float(self._blending(step))
+            if not 0 <= self._b <= 1:
+                raise ValueError(f"b must be in [0, 1], and blend={self.blend!r} gives {self._b} at {step}.")
             own = {each() for each in self._own}
             for module in blended(pl_module).values():
                 if module in own:

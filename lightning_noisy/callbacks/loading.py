@@ -76,7 +76,7 @@ def load_replaced(
     saved = _checkpoints.replacements_of(checkpoint)
     if to is None and saved is None:
         raise ValueError(
-            f"{checkpoint_path} was written without ActivationReplacement. Use {cls.__name__}.load_from_checkpoint; or"
+            f"{checkpoint_path} records no replaced activations. Use {cls.__name__}.load_from_checkpoint; or"
             " pass what its model's activations were replaced with as to=."
         )
     saved = saved or {}
@@ -88,7 +88,7 @@ def load_replaced(
             if saved:  # it was so when the activations were replaced, with a warning
                 warnings.filterwarnings("ignore", message="replace_activations.* left what is unresolved")
             for path, policy in steps:
-                swap(model.get_submodule(path), policy, example_inputs)
+                swap(model.get_submodule(path), policy, example_inputs, quiet=True)
         there, present = saved_sites(saved), replaced_in(model)
         if absent := sorted({*there} - {*present}):
             raise ValueError(

@@ -124,6 +124,8 @@ def _plan(model: nn.Module, name: str, observed: Observed, probe: Probe) -> list
     """The layers that absorb a site's scale and shift, or the reason why none can."""
     site = model.get_submodule(name)
     assert isinstance(site, NormalizedActivation)
+    if "_blending" in site.__dict__:
+        return "it is blended with the earlier one: fold it at b = 1"
     if any(getattr(site, name) for name in HOOKS):
         return "it has hooks"
     if site.instance_dims is not None:
@@ -132,7 +134,9 @@ def _plan(model: nn.Module, name: str, observed: Observed, probe: Probe) -> list
         return "it is registered several times"
     if len(probe.passes) > 1:
         return "it is called several times"
-    if not probe.passes or name == "":
+    if not probe.passes:
+        return "it is not called with these example inputs: fold the part that has it"
+    if name == "":
         return "no linear layer or convolution follows"
     if _plain(site) is None:
         return f"{site.function!r} is not a module"

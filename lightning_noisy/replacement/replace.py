@@ -141,8 +141,15 @@ class Swapped:
     pairs: list[tuple[nn.Module, nn.Module]]
 
 
-def swap(model: nn.Module, policy: Policy, example_inputs: Any = None, *, later: Collection[str] = ()) -> Swapped:
-    """Implement :func:`replace_activations`.
+def swap(
+    model: nn.Module,
+    policy: Policy,
+    example_inputs: Any = None,
+    *,
+    later: Collection[str] = (),
+    quiet: bool = False,
+) -> Swapped:
+    """Implement :func:`replace_activations`; ``quiet``: without the line that says what was done.
 
     ``later`` has the ``Policy.call`` of replacements that come afterwards: what they have installed stays.
     """
@@ -158,7 +165,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None, *, later:
     chosen = policy.chosen(inside, sites, later)
     prints = {name: fingerprint(new) for name, new in chosen.items() if new is not None}
     if not chosen:
-        _warn_unchanged(inside, sites, policy.to)
+        _warn_unchanged(inside, sites, policy)
         return Swapped(model, [], [])
     # A module that stays at another site keeps its hooks.
     staying = (site.module for site in sites if site.name not in chosen)
@@ -198,7 +205,7 @@ def swap(model: nn.Module, policy: Policy, example_inputs: Any = None, *, later:
             UserWarning,
             stacklevel=3,
         )
-    if made:
+    if made and not quiet:
         _say(_summary(policy, sites, set(there)))
     pairs = [(made[site.name], site.module) for site in sites if site.name in made and site.module is not None]
     return Swapped(model, list(there.values()), [(new, old) for new, old in pairs if new is not old])
@@ -386,14 +393,29 @@ def _joined(sites: ActivationSites) -> str:
     )
 
 
-def _warn_unchanged(model: nn.Module, sites: ActivationSites, to: Replacement) -> None:
-    found = ", ".join(f"{site.name or '(root)'} ({site.function})" for site in sites)
-    hint = (
-        f"Found {found}. Name functions in a mapping to replace them, such as {{{sites[0].function!r}: ...}}."
-        if sites
-        else "No activation was found in it."
-    )
-    what = f"replace_activations({type(model).__name__}, {to!r}) replaced nothing."
+# What lets a site be replaced that stays for this reason.
+_REMEDIES = {
+    "gate": "gates=True",
+    "output": "outputs=True",
+    "formula": "outputs=True",
+    "unknown": "example_inputs=..., or outputs=True",
+    "after a residual addition": "after_residual=True",
+    "unused": "example_inputs=... that use them",
+    "kept": "a smaller keep_last",
+    "excluded": "another include or exclude",
+    "other function": "a mapping from their names, or another to",
+    "recurrent": "nothing: torch's recurrent layers are left",
+}
+
+
+def _warn_unchanged(model: nn.Module, sites: ActivationSites, policy: Policy) -> None:
+    staying: dict[str, list[str]] = {}
+    for site in sites:
+        reason = policy.reason_to_stay(site) or "kept"
+        staying.setdefault(reason, []).append(f"{site.name or '(root)'} ({site.function})")
+    found = [f"{', '.join(each)}: {reason}, replaced with {_REMEDIES[reason]}" for reason, each in staying.items()]
+    hint = f"Found {'; '.join(found)}." if sites else "No activation was found in it."
+    what = f"replace_activations({type(model).__name__}, {policy.to!r}) replaced nothing."
     if sites.unresolved:
         hint += f" Not looked into: {_joined(sites)}."
     warnings.warn(f"{what} {hint}", UserWarning, stacklevel=4)

@@ -222,7 +222,7 @@ def test_load_replaced_says_what_is_missing(tmp_path):
     trainer = quiet_trainer()
     trainer.fit(Net(), loader(batches(1)))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match=r"without ActivationReplacement. Use Net.load_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"records no replaced activations. Use Net.load_from_checkpoint"):
         load_replaced(Net, tmp_path / "plain.ckpt")
     trainer = quiet_trainer(callbacks=[ActivationReplacement("nsw")])
     trainer.fit(Net(), loader(batches(1)))

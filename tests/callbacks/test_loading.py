@@ -85,7 +85,7 @@ def test_load_replaced_loads_what_function_and_callback_have_swapped(tmp_path, t
 def test_load_replaced_needs_to_where_only_the_values_were_kept(tmp_path):
     model = fitted(replace_activations(Deep(), {"tanh": "nsw"}), tmp_path / "a.ckpt")
     without_metadata(tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"written without ActivationReplacement.*or pass what .* as to="):
+    with pytest.raises(ValueError, match=r"records no replaced activations.*or pass what .* as to="):
         load_replaced(Deep, tmp_path / "a.ckpt")
     assert_same(load_replaced(Deep, tmp_path / "a.ckpt", to={"tanh": "nsw"}), model)
     with pytest.raises(

@@ -114,6 +114,11 @@ def test_a_checkpoint_in_the_middle_says_b_and_what_it_needs(tmp_path):
         load_replaced(Net, tmp_path / "4.ckpt")
 
 
+def test_a_blend_beyond_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"b must be in \[0, 1\], and blend=Linear.* gives 1.5 at 3"):
+        run(tmp_path, steps=6, blend=Linear(0.0, end=2.0, steps=4))
+
+
 class Digits(L.LightningModule):
     """scikit-learn's digits, by 13 layers."""
 

@@ -249,7 +249,7 @@ def test_tracebacks_and_signatures_are_those_of_the_source():
 def test_gates_outputs_and_sums_stay_by_default():
     squeeze = replace_activations(SqueezeExcite(), NReLU)
     assert list(squeeze.activation_calls) == ["relu#0"]
-    with pytest.warns(UserWarning, match=r"replaced nothing. Found act_fn \(silu\)"):
+    with pytest.warns(UserWarning, match=r"replaced nothing. Found act_fn \(silu\): gate, replaced with gates=True"):
         replace_activations(GatedFeedForward(), "nsw")
     assert len(replaced(replace_activations(GatedFeedForward(), "nsw", gates=True), NSwish)) == 1
     resnet = replace_activations(ResNet(), "nsw")

@@ -335,7 +335,7 @@ def test_replace_is_all_or_nothing():
 def test_replacing_nothing_warns_with_the_remedy(to):
     with pytest.warns(UserWarning, match=r"replaced nothing. No activation was found in it"):
         replace_activations(nn.Linear(1, 1), to)
-    with pytest.warns(UserWarning, match=r"replaced nothing. Found 1 \(sigmoid\). Name functions in a mapping"):
+    with pytest.warns(UserWarning, match=r"replaced nothing. Found 1 \(sigmoid\): output, replaced with outputs=True"):
         replace_activations(nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()), to)
 
 
@@ -425,7 +425,9 @@ def test_noisy_names_go_to_saturating_sites_each_with_its_own_hard_function():
 
 
 def test_noisy_names_find_nothing_in_a_model_that_does_not_saturate():
-    with pytest.warns(UserWarning, match=r"replaced nothing. Found 1 \(gelu\)"):
+    with pytest.warns(
+        UserWarning, match=r"Found 1 \(gelu\): other function, replaced with a mapping"
+    ):
         replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), "nah")
 
 
