@@ -425,9 +425,7 @@ def test_noisy_names_go_to_saturating_sites_each_with_its_own_hard_function():
 
 
 def test_noisy_names_find_nothing_in_a_model_that_does_not_saturate():
-    with pytest.warns(
-        UserWarning, match=r"Found 1 \(gelu\): other function, replaced with a mapping"
-    ):
+    with pytest.warns(UserWarning, match=r"Found 1 \(gelu\): other function, replaced with a mapping"):
         replace_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2)), "nah")
 
 
