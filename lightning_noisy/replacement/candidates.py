@@ -183,4 +183,6 @@ class _Walker:
                 if module is None and (function := held_function(owner.__dict__.get(call.child))) is not None:
                     module = function[1]
             # A second use is named like a child, not like a call.
-            yield Candidate(path, owner, call.kind, call.key, call.function, module, call, number)
+            # A further use of a child may have another activation than its first one after a replacement.
+            own = function_name(module, self.also) if call.kind == "module" and module is not None else None
+            yield Candidate(path, owner, call.kind, call.key, own or call.function, module, call, number)

@@ -9,9 +9,9 @@ from patterns import ROWS, Inception, ResNet, replaced
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_noisy import replace_activations, restore_activations
+from lightning_noisy import activation_sites, replace_activations, restore_activations
 from lightning_noisy.monitoring.recorder import ActivationRecorder
-from lightning_noisy.nn import NReLU, NSwish
+from lightning_noisy.nn import NAH, NReLU, NSwish
 from lightning_noisy.replacement import call_redirect, source
 
 
@@ -132,3 +132,22 @@ def test_copies_of_torchs_layers_have_the_activation(cls, copied):
         assert type(copy.deepcopy(each).activation) is NReLU
         assert restore_activations(each).activation is F.relu
         assert "activation" not in each._modules
+
+
+def test_a_use_that_stayed_has_its_own_function_after_the_other_was_replaced():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.b(self.act(self.a(x))))
+
+    model = replace_activations(Twice(), "tanh")
+    assert [(site.name, site.function, site.role) for site in activation_sites(model)] == [
+        ("act", "tanh", "hidden"),
+        ("act#2", "relu", "output"),
+    ]
+    replace_activations(model, "nah", outputs=True)
+    assert [each.function_name for each in model.modules() if isinstance(each, NAH)] == ["tanh", "relu"]
+    assert restore_activations(model)(ROWS).min() >= 0
