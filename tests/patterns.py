@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.functional import relu as relu_function
 from torch.utils.checkpoint import checkpoint
 
+from lightning_noisy.nn import NSwish
 from lightning_noisy.replacement.recognition import FUNCTIONS, METHODS
 
 GLOBAL_ACT = nn.ReLU()
@@ -438,3 +439,13 @@ def itself(site):
 def replaced(model, cls):
     """The modules of a class in a model."""
     return [module for module in model.modules() if isinstance(module, cls)]
+
+
+def roles(sites):
+    """The role of each site, by name."""
+    return {site.name: site.role for site in sites}
+
+
+def swished(model):
+    """The names of the normalized Swish modules in a model."""
+    return [name for name, module in model.named_modules() if isinstance(module, NSwish)]

@@ -354,6 +354,19 @@ class HyperNetwork(nn.Module):
         return F.softplus(F.linear(torch.tanh(self.first(x)), weight))
 
 
+class Filtered(nn.Module):
+    """Blurs an output by a fixed kernel, as SSIM does, and features on their way to a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.register_buffer("kernel", torch.full((3, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        x = F.conv2d(F.relu(self.first(x)), self.kernel, padding=1, groups=3)
+        return F.conv2d(torch.sigmoid(self.last(x)), self.kernel, groups=3)
+
+
 class RecurrentCell(nn.Module):
     """An LSTM by hand."""
 
@@ -437,6 +450,7 @@ TRUNKS = {
         ":leaky_relu#0": "formula", ":elu#0": "formula", ":elu#1": "formula", ":relu#3": "hidden",
         ":relu#3@2": "hidden", ":tanh#0": "hidden",
     }),
+    "filtered": (Filtered, (IMAGE,), {":relu#0": "hidden", ":sigmoid#0": "output"}),
     "from noise": (FromNoise, (ROWS,), {
         "net.1": "hidden", ":gelu#0": "hidden", ":leaky_relu#0": "hidden", ":tanh#0": "output",
     }),

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_noisy.replacement.call_finder import NAME, Call, Position, position_of
-from lightning_noisy.replacement.source import UnreadError, goes_through_children, is_set, own_class, rewritten
+from lightning_noisy.replacement.source import CHILDREN, ENTRIES, UnreadError, is_set, names_in, own_class, rewritten
 
 __all__ = ["CallSites", "redirect_calls"]
 
@@ -49,7 +49,8 @@ def redirect_calls(owner: nn.Module, calls: list[tuple[Call, nn.Module]]) -> Non
     if redirected:
         if parametrize.is_parametrized(owner):
             raise UnreadError("it is parametrized")
-        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or goes_through_children(cls):
+        names = names_in(cls, (*ENTRIES, *(each[0] for each in redirected)))
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or names & CHILDREN:
             raise UnreadError("it goes through its children, and would also find the new ones")
     owner.__class__ = _subclass(cls, tuple(redirected)) if redirected else cls
     if modules:

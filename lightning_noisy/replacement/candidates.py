@@ -25,7 +25,7 @@ from lightning_noisy.replacement.recognition import (
     mentions,
     recurrent_function,
 )
-from lightning_noisy.replacement.source import goes_through_children, own_class
+from lightning_noisy.replacement.source import CHILDREN, names_in, own_class
 
 __all__ = ["Candidate", "function_name", "walk"]
 
@@ -72,7 +72,8 @@ def walk(model: nn.Module, also: Mapping[type[nn.Module], str]) -> list[Candidat
     walker = _Walker(also)
     found = list(walker.places(model, ""))
     compared = _compared_types(model)
-    goes_through = any(map(goes_through_children, {own_class(module) for module in model.modules()}))
+    names = set[str]().union(*(names_in(cls) for cls in {own_class(module) for module in model.modules()}))
+    goes_through = bool(names & (CHILDREN | {"checkpoint_sequential"}))
     for each in found:
         child = each.key if each.call is None or each.call.child is None else each.call.child
         reason = ""

@@ -129,9 +129,10 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def has_lost_hooks(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether a private copy has fewer hooks than the model."""
-    counts = [sum(len(getattr(m, name)) for m in each.modules() for name in HOOKS[:5]) for each in (model, twin)]
-    return counts[0] > counts[1]
+    """Whether a private copy has fewer forward hooks than the model."""
+    forward = [name for name in HOOKS if "forward" in name]
+    had, has = (sum(len(getattr(m, name)) for m in each.modules() for name in forward) for each in (model, twin))
+    return had > has
 
 
 @contextmanager

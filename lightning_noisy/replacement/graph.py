@@ -128,8 +128,9 @@ class Graph:
             return Node("mask", inputs, name=name)
         data = list(dict.fromkeys(node for node in inputs if node.is_data))
         learned = any(node.kind == "parameter" for node in inputs)
-        if name in _LAYERS and len(inputs) > 1 and any(node.depends for node in inputs):
-            return Node("layer", inputs, name=name)  # whose weight may be computed, as a hypernetwork's
+        # The weight may be computed, as a hypernetwork's; with a constant one it is a filter, such as a blur.
+        if name in _LAYERS and inputs[0].depends and any(n.is_data or n.kind == "parameter" for n in inputs[1:]):
+            return Node("layer", inputs, name=name)
         if name in _MATRIX_PRODUCTS and learned and any(node.kind == "random" for node in inputs):
             return Node("layer", inputs, name=name)
         if not data:

@@ -17,12 +17,26 @@ from lightning_noisy.replacement.origin import Origin, fingerprint
 from lightning_noisy.replacement.recognition import Also, check_also
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
-__all__ = ["New", "Policy", "Replacement", "Rule", "check_replacement"]
+__all__ = ["REMEDIES", "New", "Policy", "Replacement", "Rule", "check_replacement"]
 
 # What a site may be replaced with. `replace_activations` also takes a mapping from plain functions' names.
 # LightningCLI tries the types in this order: a dict must not be taken for a callable's arguments.
 New = type[nn.Module] | str | Callable[[ActivationSite], nn.Module]
 Replacement = type[nn.Module] | Mapping[str, New] | str | Callable[[ActivationSite], nn.Module]
+
+# The reasons of Policy.reason_to_stay, and of keep_last, with what lets such a site be replaced.
+REMEDIES = {
+    "gate": "gates=True",
+    "output": "outputs=True",
+    "formula": "outputs=True",
+    "unknown": "example_inputs=..., or outputs=True",
+    "after a residual addition": "after_residual=True",
+    "unused": "example_inputs=... that use them",
+    "kept": "a smaller keep_last",
+    "excluded": "another include or exclude",
+    "other function": "a mapping from their names, or another to",
+    "recurrent": "nothing: torch's recurrent layers are left",
+}
 
 # Selects sites: a name pattern, a module class, a predicate, or several of them.
 Rule = str | type[nn.Module] | Callable[[ActivationSite], bool] | Sequence["Rule"]

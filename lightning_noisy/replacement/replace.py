@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import warnings
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -27,10 +25,9 @@ from lightning_noisy.replacement.origin import Origin, fingerprint, written
 from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
 from lightning_noisy.replacement.recognition import Also
 from lightning_noisy.replacement.record import Record
+from lightning_noisy.replacement.report import joined, say, summary, warn_unchanged
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites, activation_sites
 from lightning_noisy.replacement.snapshot import Snapshot
-
-_log = logging.getLogger(__name__)
 
 __all__ = ["replace_activations", "restore_activations", "swap"]
 
@@ -165,7 +162,7 @@ def swap(
     chosen = policy.chosen(inside, sites, later)
     prints = {name: fingerprint(new) for name, new in chosen.items() if new is not None}
     if not chosen:
-        _warn_unchanged(inside, sites, policy)
+        warn_unchanged(inside, sites, policy)
         return Swapped(model, [], [])
     # A module that stays at another site keeps its hooks.
     staying = (site.module for site in sites if site.name not in chosen)
@@ -201,26 +198,14 @@ def swap(
             origin.leave(there[site.name])
     if made and sites.unresolved:
         warnings.warn(
-            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what is unresolved: {_joined(sites)}.",
+            f"replace_activations({type(inside).__name__}, {policy.to!r}) left what is unresolved: {joined(sites)}.",
             UserWarning,
             stacklevel=3,
         )
     if made and not quiet:
-        _say(_summary(policy, sites, set(there)))
+        say(summary(policy, sites, set(there)))
     pairs = [(made[site.name], site.module) for site in sites if site.name in made and site.module is not None]
     return Swapped(model, list(there.values()), [(new, old) for new, old in pairs if new is not old])
-
-
-def _summary(policy: Policy, sites: ActivationSites, there: set[str]) -> str:
-    """What was replaced, and why the others were not."""
-    left = Counter(policy.reason_to_stay(site) or "kept" for site in sites if site.name not in there)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
-    named = repr(policy.to) if isinstance(policy.to, Mapping) else written(policy.to).strip("'")
-    return (
-        f"{named}: {len(there)} of {len(sites)} activations replaced"
-        + (f"; {left.total()} left: {reasons}" if left else "")
-        + (f"; {len(sites.unresolved)} unresolved ({_joined(sites)})" if sites.unresolved else "")
-    )
 
 
 @torch.no_grad()
@@ -232,12 +217,7 @@ def _initialize(model: nn.Module, sites: list[ActivationSite]) -> None:
         nn.init.xavier_normal_(layer.weight)  # type: ignore[arg-type]
         if isinstance(layer.bias, nn.Parameter):
             nn.init.zeros_(layer.bias)
-    _say(f'initialize="xavier": {", ".join(names) or "no layer goes straight into a replaced activation"}')
-
-
-def _say(text: str) -> None:
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _log.info(text)
+    say(f'initialize="xavier": {", ".join(names) or "no layer goes straight into a replaced activation"}')
 
 
 def _put(model: nn.Module, sites: ActivationSites, made: dict[str, nn.Module], policy: Policy) -> None:
@@ -385,37 +365,3 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
     if taken := [name for name, value in vars(made).items() if value is site]:
         raise TypeError(f"{type(made).__name__} has taken the site for its argument {taken[0]!r}. {hint}")
     return made
-
-
-def _joined(sites: ActivationSites) -> str:
-    return "; ".join(sites.unresolved[:5]) + (
-        f"; and {len(sites.unresolved) - 5} more" if len(sites.unresolved) > 5 else ""
-    )
-
-
-# What lets a site be replaced that stays for this reason.
-_REMEDIES = {
-    "gate": "gates=True",
-    "output": "outputs=True",
-    "formula": "outputs=True",
-    "unknown": "example_inputs=..., or outputs=True",
-    "after a residual addition": "after_residual=True",
-    "unused": "example_inputs=... that use them",
-    "kept": "a smaller keep_last",
-    "excluded": "another include or exclude",
-    "other function": "a mapping from their names, or another to",
-    "recurrent": "nothing: torch's recurrent layers are left",
-}
-
-
-def _warn_unchanged(model: nn.Module, sites: ActivationSites, policy: Policy) -> None:
-    staying: dict[str, list[str]] = {}
-    for site in sites:
-        reason = policy.reason_to_stay(site) or "kept"
-        staying.setdefault(reason, []).append(f"{site.name or '(root)'} ({site.function})")
-    found = [f"{', '.join(each)}: {reason}, replaced with {_REMEDIES[reason]}" for reason, each in staying.items()]
-    hint = f"Found {'; '.join(found)}." if sites else "No activation was found in it."
-    what = f"replace_activations({type(model).__name__}, {policy.to!r}) replaced nothing."
-    if sites.unresolved:
-        hint += f" Not looked into: {_joined(sites)}."
-    warnings.warn(f"{what} {hint}", UserWarning, stacklevel=4)

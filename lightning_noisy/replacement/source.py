@@ -11,25 +11,28 @@ import ast
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
 
 from torch import nn
 
 __all__ = [
+    "CHILDREN",
     "ENTRIES",
     "UnreadError",
-    "goes_through_children",
     "is_foreign",
     "is_set",
     "method_of",
+    "names_in",
     "nested_codes",
     "own_class",
     "rewritten",
     "source_of",
 ]
 ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+# Names by which code asks for the children of a module.
+CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules"}
 _FOREIGN = ("torch.", "lightning.", "pytorch_lightning.", "lightning_noisy.")
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 # All that a code object does, without its line numbers, so that the lines above it may change.
@@ -73,23 +76,17 @@ def method_of(cls: type, name: str) -> FunctionType | None:
     return found if found.__code__.co_argcount else None
 
 
-def goes_through_children(cls: type) -> bool:
-    """Whether a class's code asks for the children of a module, in ``forward`` or in what it calls, or Lightning's."""
-    seen = set[str]()
-    return any(_names_in(cls, name, seen) & _CHILDREN for name in ENTRIES)
-
-
-_CHILDREN = {"children", "named_children", "modules", "named_modules", "_modules", "checkpoint_sequential"}
-
-
-def _names_in(cls: type, name: str, seen: set[str]) -> set[str]:
-    """The names in a method, and in those that it calls."""
-    method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
-    if method is None:
-        return set()
-    seen.add(name)
-    names = {each for code in (method.__code__, *nested_codes(method.__code__)) for each in code.co_names}
-    return names.union(*(_names_in(cls, each, seen) for each in names))
+def names_in(cls: type, methods: Iterable[str] = ENTRIES) -> set[str]:
+    """The names in the code of methods, and of those that they call."""
+    waiting, seen, names = list(methods), set[str](), set[str]()
+    while waiting:
+        name = waiting.pop()
+        method = method_of(cls, name) if hasattr(cls, name) and name not in seen else None
+        seen.add(name)
+        if method is not None:
+            names |= {each for code in (method.__code__, *nested_codes(method.__code__)) for each in code.co_names}
+            waiting += names - seen
+    return names
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Replacing call sites: functions, methods, reused modules, loops; and the traps of doing so."""
 
 import copy
-import functools
 import pickle
 
 import pytest
@@ -19,8 +18,6 @@ from patterns import (
     GatedFeedForward,
     Gates,
     GoesThroughChildren,
-    Loop,
-    LoopInside,
     OneOfThem,
     QuickGELU,
     Remembering,
@@ -33,11 +30,9 @@ from patterns import (
 )
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lightning_noisy import activation_sites, replace_activations, restore_activations
 from lightning_noisy.nn import NormalizedActivation, NReLU, NSwish
-from lightning_noisy.replacement.by_layer import ByLayer
 
 EVERYTHING = {"gates": True, "outputs": True, "after_residual": True}
 
@@ -195,17 +190,6 @@ def test_a_branch_does_not_shift_the_sites():
     assert [module.num_batches_tracked.item() for module in (second, last)] == [1, 1]
 
 
-def test_a_loop_that_is_longer_than_shown_says_so_once():
-    model = replace_activations(Loop(), "nsw", example_inputs=ROWS)
-    first, second, third = model.activation_calls["relu#0"].children()
-    model.layers.append(nn.Linear(6, 6))
-    with pytest.warns(UserWarning, match="':relu#0' is passed more often than it was") as record:
-        model(ROWS)
-    assert len(record) == 1
-    model(ROWS)  # no second warning
-    assert [each.num_batches_tracked.item() for each in (first, second, third)] == [2, 2, 4]
-
-
 @pytest.mark.parametrize("inplace", [True, False])
 def test_functions_in_place_keep_their_meaning(inplace):
     class Model(nn.Module):
@@ -329,60 +313,6 @@ def test_what_a_name_or_an_argument_means_is_not_mistaken(observed):
     for mine, expected in zip(run(model, x)[:2], run(twin, x)[:2], strict=True):
         assert torch.equal(mine, expected)
     assert len(replaced(replace_activations(twin, "nsw", example_inputs=inputs, **EVERYTHING), NSwish)) == 4
-
-
-def test_a_loop_that_is_checkpointed_within_its_module_repeats_each_pass():
-    model = replace_activations(LoopInside(), "nsw", example_inputs=ROWS)
-    plain = copy.deepcopy(model)
-    plain.forward = lambda x: plain.last(plain.body(x, 3))
-    expected, actual = run(plain, ROWS.clone().requires_grad_()), run(model, ROWS.clone().requires_grad_())
-    assert torch.equal(actual[0], expected[0])
-    assert all(torch.equal(actual[2][name], gradient) for name, gradient in expected[2].items())
-
-
-def call(function, x):
-    return function(x)
-
-
-class CheckpointedAlone(nn.Module):
-    """Checkpoints an activation apart from the layers before it; every second time with it, if they are mixed."""
-
-    def __init__(self, checkpoint=call, is_mixed=False):
-        super().__init__()
-        self.checkpoint, self.is_mixed = checkpoint, is_mixed
-        self.layers, self.act = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)), nn.ReLU()
-
-    def forward(self, x):
-        for number, layer in enumerate(self.layers):
-            if self.is_mixed and number % 2:
-                x = self.checkpoint(lambda z, layer=layer: self.act(layer(z)), x)
-            else:
-                x = self.checkpoint(self.act, layer(x))
-        return x
-
-
-@pytest.mark.parametrize("is_mixed", [False, True])
-@pytest.mark.parametrize("way", ["non-reentrant", "reentrant", "input made anew"])
-def test_a_pass_that_is_checkpointed_without_its_layer_repeats_its_module(way, is_mixed):
-    torch.manual_seed(0)
-    plain = CheckpointedAlone(is_mixed=is_mixed)
-    replace_activations(plain, "prelu", example_inputs=ROWS, outputs=True)
-    assert [len(each) for each in plain.modules() if isinstance(each, ByLayer)] == [4]
-    for number, module in enumerate(each for each in plain.modules() if isinstance(each, nn.PReLU)):
-        module.weight.data.fill_(0.1 * number)
-    model = copy.deepcopy(plain)
-    model.checkpoint = functools.partial(checkpoint, use_reentrant=way == "reentrant")
-    if way == "input made anew":
-        model.checkpoint = lambda f, x: checkpoint(lambda z: f(2 * z), x / 2, use_reentrant=False)
-    for scale in (1, 2):
-        inputs = (scale * ROWS).requires_grad_(), (3 * ROWS).requires_grad_()
-        first, second = [(model(x), plain(x)) for x in inputs]
-        for pair in (second, first) if way == "input made anew" else (first, second, first):
-            for each, y in zip((model, plain), pair, strict=True):
-                each.zero_grad()
-                y.sum().backward(retain_graph=True)
-            pairs = zip(model.parameters(), plain.parameters(), strict=True)
-            assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
 def test_looking_and_replacing_leave_the_state_that_forward_changes():

@@ -7,16 +7,11 @@ import random
 import numpy
 import pytest
 import torch
+from patterns import ROWS, roles
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy import activation_sites
-
-ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-
-
-def roles(sites):
-    return {site.name: site.role for site in sites}
 
 
 class Busy(nn.Module):

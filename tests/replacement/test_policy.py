@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from torch import nn
 from lightning_noisy import ActivationReplacement, replace_activations
 from lightning_noisy.nn import NAH, NReLU, NSwish, registry
 from lightning_noisy.replacement.origin import fingerprint
+from lightning_noisy.replacement.policy import REMEDIES
+from lightning_noisy.replacement.sites import ActivationSite
 from lightning_noisy.schedules import Constant
 
 
@@ -259,3 +262,10 @@ def test_fingerprint_is_quick_where_objects_are_shared():
     for _ in range(60):
         shared = Holder(first=shared, second=shared)
     assert fingerprint(shared) == fingerprint(copy.deepcopy(shared))
+
+
+def test_every_reason_to_stay_has_a_remedy():
+    roles = set(re.findall(r'``"(\w+)"``', ActivationSite.role.__doc__)) - {"hidden", "residual"}
+    assert len(roles) == 6
+    others = {"after a residual addition", "excluded", "other function", "kept"}
+    assert roles | others == set(REMEDIES)

@@ -1,115 +1,17 @@
 """What people write, and what a swap made of it once: replaced losses, raised in training, left traces."""
 
-import copy
 import random
 
 import lightning as L
 import pytest
 import torch
 from helpers import loader, quiet_trainer
+from patterns import ROWS, roles, swished
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy import ActivationReplacement, activation_sites, replace_activations
 from lightning_noisy.nn import NAH, NSwish
-
-ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-
-
-def roles(sites):
-    return {site.name: site.role for site in sites}
-
-
-def swished(model):
-    return [name for name, module in model.named_modules() if isinstance(module, NSwish)]
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers, self.cell = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 6)
-
-    def encode(self, x):
-        for layer in self.layers:
-            x = F.relu(layer(x))
-        return x
-
-    def recur(self, x, count):
-        for _ in range(count):
-            x = torch.tanh(self.cell(x))
-        return x
-
-    def forward(self, x):
-        return self.recur(self.encode(x), 2)
-
-
-class Parent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.child, self.head = Encoder(), nn.Linear(6, 2)
-
-    def forward(self, x, count=3):
-        return self.head(self.child.recur(self.child.encode(x), count))
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("inputs", [None, ROWS])
-def test_methods_of_a_child_and_loops_of_any_length_run_after_a_swap(inputs):
-    model = replace_activations(Parent(), "nsw", example_inputs=inputs)
-    for count in (3, 1, 7):
-        for _ in range(3):
-            model(ROWS, count).sum().backward()
-    model.child(ROWS)
-    model.child.encode(ROWS)
-    assert len({id(module) for module in model.modules() if isinstance(module, NSwish)}) == 4  # 3 layers and the cell
-
-
-def test_siamese_branches_share_their_activations():
-    class Siamese(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def encode(self, x):
-            return self.last(F.relu(self.first(x)))
-
-        def forward(self, a, b):
-            return self.encode(a) - self.encode(b)
-
-    for inputs in (None, (ROWS, ROWS + 1)):
-        model = replace_activations(Siamese(), "nsw", example_inputs=inputs)
-        for training in (True, False):
-            assert not model.train(training)(ROWS, ROWS).any()
-        assert len(swished(model)) == 1
-
-
-def test_a_module_that_is_reached_in_several_ways_has_a_state_for_each_layer():
-    class Reached(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.acts = nn.ModuleDict({"relu": nn.ReLU()})
-            self.drop = nn.Sequential(nn.ReLU(), nn.Dropout(0.0))
-            self.child = nn.Module()
-            self.child.act = nn.ReLU()
-            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(7))
-
-        def forward(self, x):
-            a, b, c, d, e, f, g = self.layers
-            x = self.acts["relu"](b(self.acts["relu"](a(x))))
-            x = self.drop(d(self.drop(c(x))))
-            return g(self.child.act(f(self.child.act(e(x)))))
-
-    for inputs in (None, ROWS):
-        model = replace_activations(Reached(), "nsw", example_inputs=inputs)
-        for scale in (1, 2, 3):
-            model(scale * ROWS)
-        modules = [module for module in model.modules() if isinstance(module, NSwish)]
-        assert [module.num_batches_tracked.item() for module in modules] == [3] * 6
-        assert len({module.running_mean.item() for module in modules}) == 6
-        twin = copy.deepcopy(model)
-        twin(ROWS)
-        assert {module.num_batches_tracked.item() for module in modules} == {3}
-        assert {m.num_batches_tracked.item() for m in twin.modules() if isinstance(m, NSwish)} == {4}
 
 
 class Losses(L.LightningModule):

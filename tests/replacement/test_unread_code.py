@@ -5,23 +5,13 @@ import functools
 
 import pytest
 import torch
+from patterns import ROWS, roles, swished
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import relu as rectify
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lightning_noisy import activation_sites, replace_activations
-from lightning_noisy.nn import NSwish
-
-ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-
-
-def roles(sites):
-    return {site.name: site.role for site in sites}
-
-
-def swished(model):
-    return [name for name, module in model.named_modules() if isinstance(module, NSwish)]
 
 
 class Local(nn.Module):
@@ -373,3 +363,17 @@ def test_code_that_goes_through_children_computes_the_same_after_a_swap_by_itsel
     sites = activation_sites(Children(how), inputs)
     assert roles(sites) == {"other.1": "hidden"}
     assert sites.unresolved
+
+
+def test_checkpointing_a_child_in_segments_does_not_keep_calls_from_being_replaced():
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+        def forward(self, x):
+            return checkpoint_sequential(self.net, 2, F.relu(self.net(x)), use_reentrant=False)
+
+    model = replace_activations(Segments(), "nsw")
+    assert swished(model) == ["net.1", "activation_calls.relu#0"]
+    model(ROWS).sum().backward()
