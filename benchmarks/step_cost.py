@@ -2,8 +2,9 @@
 
     python benchmarks/step_cost.py
 
-Two networks on the CPU, plain torch loops (no Trainer), so the ratios show the parts alone. The baselines are
-the usual one-line gradient noise, and batch normalization without affine parameters before the activation.
+Two networks on the CPU, plain torch loops (no Trainer), so the ratios show the parts alone; the monitor has its own
+benchmark. The baselines are the usual one-line gradient noise, and batch normalization without affine parameters before
+the activation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_noisy import add_gradient_noise, replace_activations
-from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.schedules import InverseDecay
 
 
@@ -65,18 +65,6 @@ def variants(make: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
     noisy = make()
     noisy_step = step_of(noisy)
     add_gradient_noise(noisy.optimizer, InverseDecay(), model=noisy)
-    monitored, sampled = make(), make()
-    ActivationRecorder(monitored).attach()
-    recorder, calls = ActivationRecorder(sampled), iter(range(10**9))
-    sampled_step = step_of(sampled)
-
-    def every_tenth() -> None:
-        if next(calls) % 10 == 0:
-            with recorder:
-                sampled_step()
-        else:
-            sampled_step()
-
     return {
         "plain": step_of(make()),
         "one-line noise: grad.add_(randn_like(grad) * std)": step_of(make(), one_line_noise),
@@ -84,8 +72,6 @@ def variants(make: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
         "BatchNorm(affine=False) before each activation": step_of(make(norm=True)),
         'replace_activations(model, "nrelu")': step_of(replace_activations(make(), "nrelu")),
         'replace_activations(model, "nsw")': step_of(replace_activations(make(), "nsw")),
-        "ActivationMonitor()": step_of(monitored),
-        "ActivationMonitor(every_n_batches=10)": every_tenth,
     }
 
 

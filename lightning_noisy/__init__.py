@@ -8,6 +8,7 @@ from lightning_noisy import nn as nn
 from lightning_noisy import schedules as schedules
 from lightning_noisy.callbacks import ActivationMonitor, ActivationReplacement, GradientNoise, load_replaced
 from lightning_noisy.gradient_noise.handle import add_gradient_noise
+from lightning_noisy.monitoring.report import signal_report
 from lightning_noisy.replacement.fold import fold_normalization
 from lightning_noisy.replacement.replace import replace_activations, restore_activations
 from lightning_noisy.replacement.sites import activation_sites
@@ -32,4 +33,5 @@ __all__ = [
     "load_replaced",
     "replace_activations",
     "restore_activations",
+    "signal_report",
 ]

@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base of all, and of other libraries' own
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "HOOKS",
@@ -37,10 +37,12 @@ __all__ = [
     "step_pre_hooks",
     "storage_of",
     "tree_leaves",
+    "tree_map",
     "uncompiled",
     "unscales_in_step",
     "version",
     "versions",
+    "without_overrides",
 ]
 
 # The dictionaries with a module's forward and backward hooks; a replacement takes over those of the original.
@@ -74,6 +76,11 @@ def is_recomputing() -> bool:
     False while a compiler traces; compiled code uses :func:`recomputing`.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def without_overrides() -> Any:
+    """A context in which no ``TorchFunctionMode`` sees the calls, each of which would take longer."""
+    return torch._C.DisableTorchFunction()
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:

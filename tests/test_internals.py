@@ -24,6 +24,8 @@ HOMES = {
     "callbacks/_lightning_internals.py": None,
     "gradient_noise/deepspeed.py": {"_hp_mapping"},
     "gradient_noise/fsdp1.py": {"_handle", "_params", "_shard_param_infos"},
+    "metrics/_pooled.py": {"_plot"},  # what torchmetrics' own guide to plots names
+    "metrics/moments.py": {"_plot"},
     "replacement/replace.py": {"_is_full_backward_hook"},
 }
 
@@ -239,3 +241,20 @@ def test_averaging_callback_that_has_copied_the_model_is_seen():
 def test_strategy_that_trains_a_copy_is_seen(strategy, copies):
     trainer = quiet_trainer(strategy=strategy, devices=1 if strategy == "auto" else 2)
     assert of_lightning.copies_model(trainer) is copies
+
+
+def test_calls_can_be_hidden_from_modes():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2)
+    with Mode():
+        with internals.without_overrides():
+            x + 1
+        assert seen == []
+        x + 1
+        assert len(seen) == 1

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-__all__ = ["copies_model", "has_copied_model", "is_compiled", "is_logging_due", "logging_step"]
+__all__ = [
+    "batches_until",
+    "copies_model",
+    "has_copied_model",
+    "is_compiled",
+    "is_logging_due",
+    "logging_step",
+    "step_to_log",
+]
 
 
 def is_logging_due(trainer: pl.Trainer) -> bool:
@@ -25,6 +33,36 @@ def logging_step(trainer: pl.Trainer) -> int | None:
     loop = trainer.fit_loop
     accumulating = loop._should_accumulate() and trainer.lightning_module.automatic_optimization
     return loop.epoch_loop._batches_that_stepped if is_logging_due(trainer) and not accumulating else None
+
+
+def batches_until(trainer: pl.Trainer, every_n_steps: int | None) -> int | None:
+    """In ``on_train_batch_start``: how many batches after this one is the next that completes a logged step.
+
+    An epoch that ends within the step comes earlier.
+
+    Args:
+        trainer: the Trainer.
+        every_n_steps: counted as ``log_every_n_steps``, which it is by default.
+
+    Returns:
+        0 for the batch itself; None if Lightning never logs.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        every = 1
+    if every == 0:
+        return None
+    accumulated = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+    steps = every - 1 - loop._batches_that_stepped % every
+    if steps == 0 and not (trainer.lightning_module.automatic_optimization and loop._should_accumulate()):
+        return 0
+    return steps * accumulated + accumulated - 1 - (loop.batch_progress.current.ready - 1) % accumulated
+
+
+def step_to_log(trainer: pl.Trainer) -> int:
+    """In ``on_train_batch_end``: the step at which ``self.log`` values of this batch would be written."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def is_compiled(model: pl.LightningModule) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 __all__ = ["log_hyperparameters", "log_scalars"]
 
@@ -15,8 +16,23 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> No
     Not through ``self.log``, which keeps a torchmetrics object per name and syncs with the host for each.
     """
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            if trainer.is_global_zero:  # one event for all of them, in a tenth of the time
+                values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+                logger.experiment.file_writer.add_summary(Summary(value=values), step)
+        else:
+            logger.log_metrics(_named(logger, scalars), step=step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+
+
+def _named(logger: Logger, scalars: dict[str, float]) -> dict[str, float]:
+    """The scalars with names that the logger takes: MLflow and W&B refuse or drop ``:``, ``#`` and ``@``."""
+    if type(logger).__name__ not in ("MLFlowLogger", "WandbLogger"):
+        return scalars
+    return {tag.translate(_TAKEN): value for tag, value in scalars.items()}
+
+
+_TAKEN = str.maketrans({":": ".", "#": "-", "@": "_", "(": "", ")": ""})
 
 
 def log_hyperparameters(trainer: pl.Trainer, hyperparameters: dict[str, int]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_noisy.functional.normalized import normalization_factor
 from lightning_noisy.functional.slopes import slope
 
-__all__ = ["Gains", "anact_score", "gains", "gpn_constants", "rho", "rho_prime"]
+__all__ = ["Gains", "anact_score", "gains", "gpn_constants", "r_score", "rho", "rho_prime"]
 
 _REACH = 12.0  # range of the quadrature in standard deviations: the density is 1e-32 there
 _PANELS = 3 * 2**15  # of 5 nodes each; 0, where most activations have kinks, is between two panels
@@ -56,6 +56,28 @@ def rho_prime(slope: Tensor) -> Tensor:
     0.5
     """
     return slope.square().mean()
+
+
+def r_score(input_var: Tensor, output_var: Tensor, rho_prime: Tensor) -> Tensor:
+    r"""Which of the two gains is larger, that of the signal or that of the gradient.
+
+    :math:`\ln (\mathrm{Var}[\varphi(h)] / (\mathrm{Var}[h] \, E[\varphi'(h)^2]))`, Eq. 19 of ANAct, for the
+    observed h: 0 where both gains are equal, and negative where the gradient's is larger.
+
+    Args:
+        input_var: variance of the pre-activation, any shape.
+        output_var: variance of the output, same shape.
+        rho_prime: :math:`E[\varphi'(h)^2]`, same shape.
+
+    Returns:
+        The score, same shape; NaN or infinite where one of them is 0.
+
+    >>> import torch
+    >>> h = torch.linspace(-1, 1, 201, dtype=torch.float64)
+    >>> abs(r_score(h.var(), (3 * h).var(), torch.tensor(9.0)).item()) < 1e-12  # linear: both gains are equal
+    True
+    """
+    return (output_var / (input_var * rho_prime)).log()
 
 
 def anact_score(rho: Tensor, rho_prime: Tensor) -> Tensor:

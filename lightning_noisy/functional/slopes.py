@@ -37,6 +37,29 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
+def _gelu_slope(x: Tensor, approximate: str = "none") -> Tensor:
+    derivative: Tensor = torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    return derivative
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 - s)
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    return 1 - torch.tanh(x).square()
+
+
+# With default options: by module class, and by function.
+_CLOSED: list[tuple[type[nn.Module], tuple[Elementwise, ...], Elementwise]] = [
+    (nn.ReLU, (F.relu, torch.relu), _relu_slope),
+    (nn.SiLU, (F.silu,), _silu_slope),
+    (nn.Sigmoid, (F.sigmoid, torch.sigmoid), _sigmoid_slope),
+    (nn.Tanh, (F.tanh, torch.tanh), _tanh_slope),
+]
+
+
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -89,7 +112,7 @@ def side_effect_free(function: Elementwise, x: Tensor) -> Iterator[Elementwise]:
 def slope(function: Elementwise, x: Tensor) -> Tensor:
     r"""Derivative :math:`\varphi'(x)` of an elementwise function at every element.
 
-    Closed forms for ReLU, LeakyReLU, PReLU and Swish (SiLU); autograd for everything else. An RReLU
+    Closed forms for ReLU, LeakyReLU, PReLU, GELU, Swish (SiLU), sigmoid and tanh; autograd for all others. An RReLU
     module doesn't change the state of the global random generators.
 
     Args:
@@ -104,16 +127,19 @@ def slope(function: Elementwise, x: Tensor) -> Tensor:
     >>> slope(nn.ReLU(), torch.tensor([-1.0, 2.0]))
     tensor([0., 1.])
     """
-    if type(function) is nn.ReLU or function in (F.relu, torch.relu):
-        return _relu_slope(x)
+    for cls, functions, closed in _CLOSED:
+        if type(function) is cls or function in functions:
+            return closed(x)
     if type(function) is nn.LeakyReLU:
         return _leaky_relu_slope(x, function.negative_slope)
     if function is F.leaky_relu:
         return _leaky_relu_slope(x)
+    if type(function) is nn.GELU:
+        return _gelu_slope(x, function.approximate)
+    if function is F.gelu:
+        return _gelu_slope(x)
     if type(function) is nn.PReLU:
         return _prelu_slope(x, function.weight)
-    if type(function) is nn.SiLU or function is F.silu:
-        return _silu_slope(x)
     with side_effect_free(function, x) as evaluate:
         return _autograd_slope(evaluate, x)
 

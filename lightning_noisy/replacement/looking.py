@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_noisy._torch_internals import BatchNorm, tree_leaves
 from lightning_noisy.replacement.call_finder import Call
@@ -124,7 +125,9 @@ def look(
     """
     asked = example_inputs is not None
     if not asked:
-        example_inputs = getattr(model, "example_input_array", None)
+        # Layers that are spread over ranks wait for the others when they run.
+        is_spread = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        example_inputs = None if is_spread else getattr(model, "example_input_array", None)
     with random_states_kept(model):
         try:
             twin = _Twin(model, candidates, also)

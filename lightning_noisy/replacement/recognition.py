@@ -17,6 +17,7 @@ from lightning_noisy.replacement.source import UnreadError, is_foreign, is_set, 
 
 __all__ = [
     "FUNCTIONS",
+    "LIBRARIES",
     "METHODS",
     "MODULES",
     "NAMES",
@@ -144,7 +145,7 @@ def held_in(value: object, depth: int = 3) -> Iterator[object]:
 
 
 # Activation modules of other libraries, by where they are defined: their names without "Activation", in lower case.
-_LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
+LIBRARIES = ("transformers.activations", "timm.layers.activations", "timm.layers.activations_me")
 _THEIR_NAMES = {
     **{"newgelu": "gelu", "fastgelu": "gelu", "pytorchgelutanh": "gelu", "gelutanh": "gelu", "accurategelu": "gelu"},
     **{"swish": "silu", "quickgelu": "quick_gelu", "relusquared": "relu2", "clippedgelu": "clipped_gelu"},
@@ -160,7 +161,7 @@ Also = Mapping[type[nn.Module], str] | Collection[type[nn.Module]]
 
 
 def _library_function(cls: type[nn.Module]) -> str | None:
-    if cls.__module__ not in _LIBRARIES:
+    if cls.__module__ not in LIBRARIES:
         return None
     return _THEIR_NAMES.get(cls.__name__.removesuffix("Activation").removesuffix("Me").lower())
 

@@ -59,6 +59,7 @@ class Trace:
         self._seen: set[nn.Module] = set()
         self._depth = 0
         for entry in entries:
+            self._layer = None  # each is a pass of its own
             self._root(twin, entry, leaves=True)
 
     def _root(self, module: nn.Module, entry: str = "forward", *, leaves: bool = False) -> None:

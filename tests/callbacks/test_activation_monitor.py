@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import lightning as L
 import numpy as np
@@ -10,8 +11,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_noisy import ActivationMonitor, replace_activations
+from lightning_noisy.nn import NAH, NSwish
 
-STATISTICS = ("rho", "rho_prime", "saturation", "sparsity")
+STATISTICS_OF_ALL = (
+    *("rho", "rho_prime", "r_score", "saturation", "sparsity", "dead_units", "lambda", "mu", "anact_score"),
+    *("anact_score_mean", "saturation_left", "saturation_right", "saturation_hard", "saturation_magnitude"),
+    *("dormant_units", "mean", "std", "input_mean", "input_std", "grad_rms", "rejected"),
+    *("weight_mean", "weight_mean_sum", "grad_variance", "update_ratio"),
+)
+STATISTICS = ("rho", "rho_prime", "r_score", "saturation", "sparsity", "dead_units")
 
 
 class First(Net):
@@ -39,10 +47,11 @@ def watch(model, data, folder, **options):
 def test_monitor_logs_one_half_for_relu_on_normal_input(tmp_path):
     data = normal_batches(4, 500, 500)
     _, logged = watch(First(nn.ReLU(), 500), data, tmp_path, log_every_n_steps=2)
-    for statistic in STATISTICS:
+    expected = dict.fromkeys(STATISTICS, 0.5) | {"r_score": np.log(0.5 * (1 - 1 / np.pi) / 0.5), "dead_units": 0.0}
+    for statistic, value in expected.items():
         assert [step for step, _ in logged[f"{statistic}/net.0"]] == [1, 3]
-        for _, value in logged[f"{statistic}/net.0"]:
-            assert value == pytest.approx(0.5, abs=0.005), statistic
+        for _, logged_value in logged[f"{statistic}/net.0"]:
+            assert logged_value == pytest.approx(value, abs=0.01), statistic
     assert [value for _, value in logged["anact_score"]] == pytest.approx([np.log(2)] * 2, abs=0.01)
 
 
@@ -55,16 +64,25 @@ def test_monitor_logs_gains_of_harmonic_mean_one_for_a_normalized_activation(tmp
 
 
 def test_monitor_logs_the_documented_tags_and_no_others(tmp_path):
-    _, logged = watch(Net(), batches(2), tmp_path)
-    assert set(logged) == {f"{statistic}/net.1" for statistic in STATISTICS} | {"anact_score", "epoch"} - {"epoch"}
-    documented = ActivationMonitor.__doc__
-    assert all(f"``{name}/<site>``" in documented for name in STATISTICS)
+    model = Net(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), NAH("tanh"), nn.Linear(16, 8), NSwish(), nn.Linear(8, 3)))
+    _, logged = watch(model, batches(2), tmp_path, monitor=ActivationMonitor(statistics="all"))
+    emitted = {tag.partition("/")[0] for tag in logged}
+    assert emitted == set(STATISTICS_OF_ALL)
+    table, _, rest = ActivationMonitor.__doc__.partition("On request by ``statistics``:")
+    by_default = re.findall(r"^    ``(\w+)(?:/<site>)?``", table, re.MULTILINE)
+    on_request = re.findall(r"``(\w+)(?:/<parameter>)?``", rest.partition("Only the batches")[0])
+    assert set(by_default) | set(on_request) == emitted
+    _, logged = watch(model, batches(2), tmp_path / "default")
+    assert {tag.partition("/")[0] for tag in logged} == set(by_default)
+    assert {tag for tag in logged if tag.startswith("rho/")} == {"rho/net.1", "rho/net.2", "rho/net.4"}
+    assert {tag for tag in logged if tag.startswith("lambda/")} == {"lambda/net.4"}
 
 
 def test_monitor_pools_the_window_over_unequal_batches(tmp_path):
     data = [*normal_batches(2, 32, 8), *normal_batches(1, 1, 8, seed=1)]
     data[2][0].add_(5)
-    _, logged = watch(First(nn.Tanh()), data, tmp_path, log_every_n_steps=3)
+    monitor = ActivationMonitor(window=3)
+    _, logged = watch(First(nn.Tanh()), data, tmp_path, log_every_n_steps=3, monitor=monitor)
     h = np.concatenate([x.double().numpy().ravel() for x, _ in data])
     slope = 1 - np.tanh(h) ** 2
     expected = {
@@ -88,21 +106,42 @@ def test_monitor_windows_start_anew(tmp_path):
         assert value == pytest.approx((np.tanh(h) ** 2).mean() / h.var(), rel=1e-5)
 
 
-def test_monitor_looks_at_every_nth_batch(tmp_path):
-    data = normal_batches(4, 100, 8)
+@pytest.mark.parametrize(
+    ("window", "pooled"), [(1, [[3], [7]]), (2, [[2, 3], [6, 7]]), (9, [[0, 1, 2, 3], [4, 5, 6, 7]])]
+)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_monitor_pools_the_last_batches_of_a_step(tmp_path, window, pooled, accumulated):
+    data = normal_batches(8, 100, 8)
     for factor, (x, _) in enumerate(data, start=1):
         x.mul_(factor)
     _, logged = watch(
-        First(nn.Tanh()), data, tmp_path, monitor=ActivationMonitor(every_n_batches=2), log_every_n_steps=4
+        First(nn.Tanh()),
+        data,
+        tmp_path,
+        monitor=ActivationMonitor(window=window, every_n_steps=4 // accumulated),
+        accumulate_grad_batches=accumulated,
     )
-    h = np.concatenate([data[i][0].double().numpy().ravel() for i in (0, 2)])
-    assert logged["rho/net.0"][0][1] == pytest.approx((np.tanh(h) ** 2).mean() / h.var(), rel=1e-5)
+    assert len(logged["rho/net.0"]) == 2
+    for (_, value), numbers in zip(logged["rho/net.0"], pooled, strict=True):
+        h = np.concatenate([data[i][0].double().numpy().ravel() for i in numbers])
+        assert value == pytest.approx((np.tanh(h) ** 2).mean() / h.var(), rel=1e-5)
+
+
+def test_monitor_does_not_touch_batches_between_its_windows():
+    seen = []
+
+    class Look(L.Callback):
+        def on_before_backward(self, trainer, model, loss):
+            seen.append(sum(len(module._forward_hooks) for module in model.modules()))
+
+    quiet_trainer(callbacks=[ActivationMonitor(every_n_steps=3), Look()]).fit(Net(), loader(batches(6)))
+    assert seen == [0, 0, 1, 0, 0, 1]
 
 
 def test_monitor_ignores_sanity_check_and_validation(tmp_path):
     data = normal_batches(2, 50, 8)
     trainer = quiet_trainer(
-        callbacks=[ActivationMonitor()],
+        callbacks=[ActivationMonitor(window=2)],
         logger=TensorBoardLogger(tmp_path, "", ""),
         val_check_interval=1,
         num_sanity_val_steps=1,
@@ -221,15 +260,21 @@ def test_monitor_is_off_after_a_batch_that_was_skipped():
     assert model.left == 0
 
 
-def test_monitor_logs_an_activation_that_is_never_called_as_nan(tmp_path):
-    model = Net(nn.Linear(8, 3))
-    model.unused = nn.ReLU()
-    _, logged = watch(model, batches(2), tmp_path)
-    assert np.isnan([value for tag in ("rho/unused", "anact_score") for _, value in logged[tag]]).all()
+def test_monitor_shows_an_activation_from_its_first_call_on(tmp_path):
+    class Late(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + self.late(loss) if batch_idx == 1 else loss
+
+    model = Late()
+    model.late = nn.ReLU()
+    _, logged = watch(model, batches(3), tmp_path)
+    assert [(step, np.isnan(value)) for step, value in logged["rho_prime/late"]] == [(1, False), (2, True)]
+    assert len(logged["rho/net.1"]) == 3
 
 
 def test_monitor_copies_and_pickles_in_the_middle_of_a_fit():
-    monitor = ActivationMonitor(every_n_batches=3)
+    monitor = ActivationMonitor(every_n_steps=3, sites="net.*")
     twins = []
 
     class Copy(L.Callback):
@@ -237,20 +282,22 @@ def test_monitor_copies_and_pickles_in_the_middle_of_a_fit():
             twins.extend([copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))])
 
     quiet_trainer(callbacks=[monitor, Copy()]).fit(Net(), loader(batches(1)))
-    assert [twin.every_n_batches for twin in twins] == [3, 3]
+    assert [(twin.every_n_steps, twin.sites) for twin in twins] == [(3, ("net.*",))] * 2
 
 
 def test_monitor_warns_if_there_is_nothing_to_watch():
-    with pytest.warns(UserWarning, match=r"found no activation modules in Net.*make them modules"):
+    with pytest.warns(UserWarning, match=r"found no activations in Net"):
         quiet_trainer(callbacks=[ActivationMonitor()]).fit(Net(nn.Linear(8, 3)), loader(batches(2)))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"every_n_batches": 0},
-        {"every_n_batches": 1.5},
-        {"every_n_batches": True},
+        {"every_n_steps": 0},
+        {"every_n_steps": 1.5},
+        {"every_n_steps": True},
+        {"window": 0},
+        {"stages": "test"},
         {"saturation_threshold": 0},
         {"saturation_threshold": 1},
         {"saturation_threshold": float("nan")},
@@ -259,3 +306,121 @@ def test_monitor_warns_if_there_is_nothing_to_watch():
 def test_monitor_refuses_options_out_of_range(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         ActivationMonitor(**options)
+
+
+def test_monitor_refuses_unknown_statistics_and_names_the_closest():
+    with pytest.raises(ValueError, match=r"'dead_unit' is not the name of a statistic. Did you mean 'dead_units'"):
+        ActivationMonitor(statistics=("default", "dead_unit"))
+
+
+def test_monitor_looks_at_the_sites_of_a_pattern_and_names_the_closest_of_one_that_matches_none(tmp_path):
+    layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+    _, logged = watch(
+        Net(nn.Sequential(*layers)), batches(1), tmp_path, monitor=ActivationMonitor(sites="*.3", statistics="rho")
+    )
+    assert set(logged) == {"rho/net.3"}
+    with pytest.warns(UserWarning, match=r"sites='nets.1' matches no activation of the model.*: net.1, net.3"):
+        quiet_trainer(callbacks=[ActivationMonitor(sites=("nets.1", "*.3"))]).fit(
+            Net(nn.Sequential(*layers)), loader(batches(1))
+        )
+
+
+def test_score_sums_over_hidden_activations_alone(tmp_path):
+    class Scores(Net):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3), nn.Sigmoid()))
+
+    _, logged = watch(Scores(), batches(1, 500), tmp_path)
+    ((_, rho),), ((_, rho_prime),) = logged["rho/net.1"], logged["rho_prime/net.1"]
+    ((_, score),), ((_, mean),) = logged["anact_score"], logged["anact_score_mean"]
+    assert score == mean == pytest.approx((abs(np.log(rho)) + abs(np.log(rho_prime))) / 2)
+    assert abs(np.log(logged["rho_prime/net.3"][0][1])) > 2
+
+
+def test_monitor_says_once_what_it_looks_at_and_what_it_does_not_see(caplog):
+    class Recurrent(Net):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.GRU(8, 8, 2, dropout=0.5)
+
+    with caplog.at_level("INFO", "lightning_noisy"):
+        quiet_trainer(callbacks=[ActivationMonitor()]).fit(Recurrent(), loader(batches(3)))
+    said = [record.message for record in caplog.records if "ActivationMonitor" in record.message]
+    assert len(said) == 1
+    assert "looks at 4 activations; anact_score sums over 1 hidden ones. Not seen: stack: of its layers " in said[0]
+
+
+def test_monitor_sees_functions_methods_and_each_use_of_a_module(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            x = self.act(self.first(x))
+            x = torch.tanh(self.first(x)) + self.first(x).sigmoid()
+            return self.second(self.act(nn.functional.leaky_relu_(self.first(x), 0.3)))
+
+    model = Net(Mixed())
+    _, logged = watch(model, batches(1, 64), tmp_path)
+    names = {tag.partition("/")[2] for tag in logged if tag.startswith("rho/")}
+    assert names == {"net.act", "net:tanh#0", "net:sigmoid#0", "net:leaky_relu#0", "net.act#2"}
+    ((_, share),) = logged["sparsity/net:leaky_relu#0"]
+    ((_, gain),) = logged["rho_prime/net:leaky_relu#0"]
+    assert gain == pytest.approx((1 - share) + share * 0.09, rel=1e-5)
+
+
+def test_validation_is_pooled_on_request(tmp_path):
+    data = normal_batches(3, 40, 8)
+    trainer = quiet_trainer(
+        callbacks=[ActivationMonitor(stages=("train", "validate"))],
+        logger=TensorBoardLogger(tmp_path, "", ""),
+        max_epochs=2,
+    )
+    trainer.fit(First(nn.Tanh()), loader(normal_batches(2, 40, 8)), loader([(3 * x, y) for x, y in data]))
+    logged = scalars(tmp_path)
+    h = 3 * np.concatenate([x.double().numpy().ravel() for x, _ in data])
+    gain = pytest.approx((np.tanh(h) ** 2).mean() / h.var(), rel=1e-5)
+    assert [value for _, value in logged["val_rho/net.0"]] == [gain, gain]
+    assert len(logged["rho/net.0"]) == 4
+
+
+def test_progress_bar_shows_what_is_asked_for():
+    monitor = ActivationMonitor(prog_bar="anact_score")
+    trainer = quiet_trainer(callbacks=[monitor])
+    trainer.fit(Net(), loader(batches(2)))
+    assert trainer.progress_bar_metrics["anact_score"] == pytest.approx(trainer.callback_metrics["anact_score"].item())
+
+
+def test_weights_gradients_and_updates_are_those_of_the_step(tmp_path):
+    class Keeps(Net):
+        def on_before_optimizer_step(self, optimizer):
+            self.old = [each.detach().double().numpy() for each in parameters_of(self)]
+            self.gradients = [each.grad.double().numpy().copy() for each in self.parameters()]
+
+        def on_train_batch_end(self, *_):
+            self.new = [each.double().numpy() for each in parameters_of(self)]
+
+    model = Keeps()
+    statistics = ("weight_mean", "weight_mean_sum", "grad_variance", "update_ratio")
+    _, logged = watch(
+        model,
+        batches(1, 64),
+        tmp_path,
+        monitor=ActivationMonitor(statistics=statistics),
+        gradient_clip_val=1e-3,  # what is measured is not clipped
+    )
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    assert {tag.partition("/")[2] for tag in logged} == {*names, ""}
+    total = 0.0
+    for (name, _), old, new, gradient in zip(
+        model.named_parameters(), model.old, model.new, model.gradients, strict=True
+    ):
+        if name in names:
+            assert logged[f"grad_variance/{name}"][0][1] == pytest.approx(gradient.var(), rel=1e-5)
+            ratio = np.linalg.norm(new - old) / np.linalg.norm(old)
+            assert logged[f"update_ratio/{name}"][0][1] == pytest.approx(ratio, rel=1e-5)
+            assert logged[f"weight_mean/{name}"][0][1] == pytest.approx(abs(new.mean()), rel=1e-5)
+            total += abs(new.mean())
+    assert logged["weight_mean_sum"][0][1] == pytest.approx(total, rel=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_noisy.functional import anact_score, largest_slope, normalization_factor, rho, rho_prime, slope
+from lightning_noisy.functional import anact_score, largest_slope, normalization_factor, r_score, rho, rho_prime, slope
 from lightning_noisy.functional.scores import gains, gpn_constants
 from lightning_noisy.nn.registry import PLAIN
 
@@ -141,3 +141,9 @@ def test_gains_take_modules_with_parameters_and_leave_them():
     assert prelu.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="sigma must be > 0, got 0"):
         gains(prelu, 0)
+
+
+def test_r_score_of_observed_moments_is_the_closed_form_of_a_uniform_input():
+    # h uniform in [-1, 1]: Var[h] = 1/3; ReLU: Var = 1/6 - 1/16, E[slope²] = 1/2; so the ratio is 5/8.
+    score = r_score(*(torch.tensor(number, dtype=torch.float64) for number in (1 / 3, 1 / 6 - 1 / 16, 1 / 2)))
+    assert score.item() == pytest.approx(math.log(5 / 8))

@@ -1,5 +1,10 @@
 import copy
+import gc
+import math
+import pickle
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,8 +21,8 @@ def record(model, *inputs, threshold=0.05):
         for x in inputs:
             model(x)
     result: dict[str, list[float]] = {}
-    for name, value in recorder.statistics.compute().items():
-        result.setdefault(name.split("/")[0], []).append(value.item())
+    for name, value in recorder.compute().items():
+        result.setdefault(name.split("/")[0], []).append(value)
     return result
 
 
@@ -71,7 +76,7 @@ def test_recorder_tells_the_replacements_of_an_alias_apart():
     recorder = ActivationRecorder(model)
     with recorder:
         model(normal(50, 4))
-    assert recorder.statistics.sums[:, 0].tolist() == [200, 200]
+    assert recorder.sums.table[:, 0].tolist() == [200, 200]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -102,7 +107,7 @@ def test_recorder_leaves_out_what_it_cannot_measure_and_says_so_once():
     with pytest.warns(UserWarning, match="'0' can't be measured, and is left out"):
         model[1](model[0](normal(5, 5), normal(5, 5)))
     model[1](model[0](normal(5, 5), normal(5, 5)))  # a second warning would be an error
-    assert recorder.statistics.sums[:, 0].tolist() == [0, 50]
+    assert recorder.sums.table[:, 0].tolist() == [0, 50]
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.SiLU])
@@ -122,7 +127,7 @@ def test_recorder_counts_a_checkpointed_block_once():
         with recorder:
             x = normal(8, 4).requires_grad_()
             checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
-    assert recorder.statistics.sums[0, 0] == 2 * 32
+    assert recorder.sums.table[0, 0] == 2 * 32
 
 
 @pytest.mark.parametrize("to", [None, "nsw", "normalized"])
@@ -155,7 +160,7 @@ def test_recorder_leaves_no_hooks_behind():
     for _ in range(2):
         recorder.attach()
         recorder.attach()
-        assert hooks() == 3
+        assert hooks() == 4
         recorder.detach()
         recorder.detach()
         assert hooks() == 0
@@ -165,17 +170,25 @@ def test_recorder_leaves_no_hooks_behind():
     assert hooks() == 0
 
 
-def test_recorder_has_one_site_for_one_module():
-    act = nn.ReLU()
-    recorder = ActivationRecorder(nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 2), act))
-    assert recorder.statistics.sites == ["1"]
+def test_recorder_tells_the_places_of_a_shared_module_apart():
+    act = nn.Tanh()
+    model = nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 2), act)
+    nn.init.zeros_(model[2].weight)
+    nn.init.constant_(model[2].bias, 3.0)
+    recorder = ActivationRecorder(model)
+    for _ in range(2):
+        with recorder:
+            model(normal(10, 2))
+    assert [site.name for site in recorder.sites] == ["1", "3"]
+    assert recorder.sums.table[:, 0].tolist() == [40, 40]
+    assert recorder.sums.table[1, 1] == pytest.approx(3 * 40)
 
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_recorder_number_of_statistics_does_not_depend_on_the_batch(batch):
     result = record(nn.Sequential(nn.ReLU(), nn.Tanh()), normal(batch, 3))
     sizes = {name: len(value) for name, value in result.items()}
-    assert sizes == {"rho": 2, "rho_prime": 2, "saturation": 2, "sparsity": 2, "anact_score": 1}
+    assert sizes == dict.fromkeys(("rho", "rho_prime", "r_score", "saturation", "sparsity", "dead_units"), 2)
 
 
 def test_recorder_records_under_autocast_and_keyword_arguments():
@@ -191,3 +204,114 @@ def test_recorder_records_under_autocast_and_keyword_arguments():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = record(copy.deepcopy(model), normal(64, 8))
     assert result["rho"] == pytest.approx(record(model, normal(64, 8))["rho"], rel=0.02)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_model_that_is_copied_while_it_is_recorded_works_and_is_not_recorded(twin_of):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    recorder = ActivationRecorder(model)
+    x = normal(8, 4)
+    with recorder:
+        twin = twin_of(model)
+        assert torch.equal(twin(x), model(x))
+    assert recorder.sums.table[0, 0] == 32
+    with recorder:
+        twin(x)
+    assert recorder.sums.table[0, 0] == 32
+
+
+def test_recorder_keeps_no_activation_alive():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2), nn.ReLU(inplace=True))
+    alive = []
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    recorder = ActivationRecorder(model)
+    with recorder:
+        model(normal(8, 4)).sum().backward()
+        gc.collect()
+        assert [each() for each in alive] == [None] * 4
+
+
+def test_undefined_numbers_are_recorded_as_such_and_leave_the_pass_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU())
+    x = normal(8, 4)
+    x[0, 0] = float("nan")
+    expected = model(x)
+    recorder = ActivationRecorder(model)
+    with recorder:
+        assert torch.equal(model(x).nan_to_num(-7), expected.nan_to_num(-7))
+    values = recorder.compute()
+    assert all(math.isnan(values[f"rho/{name}"]) for name in ("1", "3"))
+
+
+def test_sparsity_of_an_untrained_relu_network_on_digits_is_one_half():
+    """Table 1 of Pretorius et al. (2019): 49 to 51 % for 4 x 200 units with Glorot's initialization."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    images = torch.tensor(datasets.load_digits().images, dtype=torch.float32)[:, None] / 16
+    x = nn.functional.interpolate(images, size=(28, 28), mode="bilinear").flatten(1)
+    shares = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = [layer for size in (784, 200, 200, 200) for layer in (nn.Linear(size, 200), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Linear(200, 10))
+        for layer in model[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        shares.append(record(model, x)["sparsity"])
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("called_as", [lambda x: x.tanh(), torch.tanh, nn.functional.tanh, nn.Tanh()])
+def test_recorder_sees_calls_in_any_place_of_the_code(called_as):
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.hold = nn.functional.silu
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+            x = self.hold(self.inner(x))
+            parts = [nn.functional.gelu(each) for each in x.split(2, 1)]
+            leaky = checkpoint(
+                lambda x: nn.functional.leaky_relu(x, negative_slope=0.2), torch.cat(parts, 1), use_reentrant=False
+            )
+            return leaky + called_as(x)
+
+        def inner(self, x):
+            return x.sigmoid() * nn.functional.softplus(x, 2.0)
+
+    model, x = Places(), normal(6, 4)
+    recorder = ActivationRecorder(model)
+    with recorder:
+        model(x).sum().backward()
+    counts = dict(zip([site.name for site in recorder.sites], recorder.sums.table[:, 0].tolist(), strict=True))
+    names = ("hold", ":gelu#0", ":leaky_relu#0", ":sigmoid#0", ":softplus#0")
+    assert {name: counts[name] for name in names} == dict.fromkeys(names, 24)
+    assert counts[":relu#0"] == 72  # the loop can't be traced
+
+
+def test_recorder_tells_the_passes_of_a_loop_apart():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.act = nn.Tanh()
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = self.act(torch.relu(layer(x)))
+            return self.layers[0](x)
+
+    model, x, seen = Loop(), normal(6, 4), []
+    recorder = ActivationRecorder(model)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output.sum().item()))
+    with recorder:
+        model(x)
+        model(-x)
+    sums = dict(zip([site.name for site in recorder.sites], recorder.sums.table[:, 1].tolist(), strict=True))
+    for number, name in enumerate((":relu#0", ":relu#0@2", ":relu#0@3")):
+        assert sums[name] == pytest.approx(seen[number] + seen[4 + number], rel=1e-4)
+    assert recorder.sums.table[:, 0].tolist() == [48] * 6

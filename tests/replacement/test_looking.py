@@ -7,6 +7,7 @@ import random
 import numpy
 import pytest
 import torch
+from helpers import Net
 from patterns import ROWS, roles
 from torch import nn
 from torch.nn import functional as F
@@ -164,3 +165,8 @@ def test_a_model_that_needs_its_hooks_is_looked_into_or_named(is_method):
 def test_inputs_that_do_not_suit_raise_what_the_model_raises():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         activation_sites(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(4, 5))
+
+
+def test_methods_of_a_lightning_module_are_passes_of_their_own():
+    model = Net(nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))  # called first in training_step and in validation_step
+    assert [site.name for site in activation_sites(model)] == ["net.0"]
