@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -22,6 +21,7 @@ from lightning_noisy.callbacks._board import (
 )
 from lightning_noisy.callbacks._lightning_internals import batches_until, step_to_log
 from lightning_noisy.callbacks._logging import log_scalars
+from lightning_noisy.callbacks._monitored_sites import agreed_sites
 from lightning_noisy.gradient_noise.parameter_names import parameter_names
 from lightning_noisy.monitoring.classes import ClassWatch
 from lightning_noisy.monitoring.diagnosis import Findings, Site, Thresholds, diagnose
@@ -31,7 +31,7 @@ from lightning_noisy.monitoring.statistics import DEFAULT, STATISTICS
 from lightning_noisy.monitoring.weights import WeightSums
 from lightning_noisy.nn.registry import check_name
 from lightning_noisy.replacement.report import say
-from lightning_noisy.replacement.sites import ActivationSite, activation_sites
+from lightning_noisy.replacement.sites import activation_sites
 
 __all__ = ["ActivationMonitor"]
 
@@ -78,7 +78,8 @@ class ActivationMonitor(pl.Callback):
 
     Args:
         every_n_steps: log at every n-th step, >= 1; by default the Trainer's ``log_every_n_steps``.
-        window: how many batches to pool for a logging step, up to and including its own, >= 1.
+        window: how many batches to pool for a logging step, up to and including its own, >= 1; at most those since the
+            last one.
         sites: patterns of the names of sites, such as ``"encoder.*"``; by default all. A pattern that matches nothing
             warns, and shows the closest names.
         statistics: which to log; ``"default"`` stands for those above, ``"all"`` for all.
@@ -133,6 +134,13 @@ class ActivationMonitor(pl.Callback):
         self.every_n_steps = every_n_steps
         self.window = window
         self.sites = None if sites is None else _names(sites)
+        for name, given in (("sites", sites), ("statistics", statistics), ("stages", stages)):
+            if given is not None and not given:
+                raise ValueError(f"{name} must not be empty, got {given!r}.")
+        if classes is not None and not figures:
+            raise ValueError("classes are drawn in figures: pass figures=True, too.")
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"thresholds must be a Thresholds, such as Thresholds(saturation=0.3), got {thresholds!r}.")
         self.statistics = _chosen(_names(statistics))
         self.stages = _names(stages)
         for stage in self.stages:
@@ -154,6 +162,7 @@ class ActivationMonitor(pl.Callback):
         self._has_layout = False
         self._warned: set[str] = set()
         self._recorder: ActivationRecorder | None = None
+        self._validation: ActivationRecorder | None = None  # has sums of its own: it may interrupt a window
         self._weights: WeightSums | None = None
         self._recorded = 0  # batches of the window
         self._is_logging = False  # whether this batch completes a logged step
@@ -164,12 +173,13 @@ class ActivationMonitor(pl.Callback):
         self._history, self._order, self._has_layout, self._warned = [], [], False, set()
         self._classes = ClassWatch(self.classes) if self.classes is not None and self.figures else None
         found = activation_sites(pl_module)
-        sites = self._filtered([site for site in found if site.role != "unused"])
+        sites = agreed_sites(trainer, found, self.sites)
         mesh = getattr(pl_module, "device_mesh", None)
         split = (
             mesh["tensor_parallel"] if mesh is not None and "tensor_parallel" in (mesh.mesh_dim_names or ()) else None
         )
-        self._recorder = ActivationRecorder(
+        make = partial(
+            ActivationRecorder,
             pl_module,
             sites,
             statistics=tuple(
@@ -177,10 +187,11 @@ class ActivationMonitor(pl.Callback):
             ),
             saturation_threshold=self.saturation_threshold,
             histograms=self.histograms,
-            classes=self._classes,
             shards=1 if split is None else split.size(),
             shard=0 if split is None else split.get_local_rank(),
         )
+        self._recorder = make(classes=self._classes)
+        self._validation = make() if "validate" in self.stages else None
         self._weights = WeightSums(parameter_names(pl_module), self.statistics, device=self._recorder.sums.table.device)
         unseen = [f"{name}: {reason}" for name, reason in self._recorder.unseen.items()] + found.unresolved
         if not self._recorder.sites:
@@ -194,18 +205,6 @@ class ActivationMonitor(pl.Callback):
             f"ActivationMonitor looks at {len(self._recorder.sites)} activations; anact_score sums over"
             f" {self._recorder.scored} hidden ones." + (f" Not seen: {'; '.join(unseen)}." if unseen else "")
         )
-
-    def _filtered(self, sites: list[ActivationSite]) -> list[ActivationSite]:
-        """Those that match a pattern."""
-        names = [site.name or "(root)" for site in sites]
-        for pattern in self.sites or ():
-            if not fnmatch.filter(names, pattern):
-                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ["none"]
-                rank_zero_warn(
-                    f"sites={pattern!r} matches no activation of the model. The closest names are: {', '.join(close)}."
-                )
-        chosen = [any(fnmatch.fnmatchcase(name, each) for each in self.sites or ("*",)) for name in names]
-        return [site for site, is_chosen in zip(sites, chosen, strict=True) if is_chosen]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -238,14 +237,15 @@ class ActivationMonitor(pl.Callback):
             return
         self._recorder.detach()
         if self._is_logging:
-            self._log(trainer, pl_module, step_to_log(trainer))
+            cast(WeightSums, self._weights).after_step()
+            self._recorded, self._is_logging = 0, False
+            self._log(trainer, pl_module, self._recorder)
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, prefix: str = "") -> None:
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, recorder: ActivationRecorder, prefix: str = ""
+    ) -> None:
         """Pool and log what was recorded."""
-        recorder, weights = cast(ActivationRecorder, self._recorder), cast(WeightSums, self._weights)
-        if not prefix:
-            weights.after_step()
-        self._recorded, self._is_logging = 0, False
+        weights, step = cast(WeightSums, self._weights), step_to_log(trainer)
 
         def add_up(sums: Tensor) -> Tensor:
             return trainer.strategy.reduce(sums.clone(), reduce_op="sum")
@@ -321,14 +321,14 @@ class ActivationMonitor(pl.Callback):
         """Record the validation; no training batch, as a skipped one has no ``on_train_batch_end``."""
         if self._recorder is not None:
             self._recorder.detach()
-        if self._recorder is not None and "validate" in self.stages and not trainer.sanity_checking:
-            self._recorder.attach()
+        if self._validation is not None and not trainer.sanity_checking:
+            self._validation.attach()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the validation."""
-        if self._recorder is not None and "validate" in self.stages and not trainer.sanity_checking:
-            self._recorder.detach()
-            self._log(trainer, pl_module, step_to_log(trainer), "val_")
+        if self._validation is not None and not trainer.sanity_checking:
+            self._validation.detach()
+            self._log(trainer, pl_module, self._validation, "val_")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the pictures; stop recording after a skipped batch, which has no ``on_train_batch_end``."""
@@ -359,15 +359,16 @@ class ActivationMonitor(pl.Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._recorder is not None:
-            self._recorder.detach()
-        self._recorder = self._weights = self._classes = None
+        for recorder in filter(None, (self._recorder, self._validation)):
+            recorder.detach()
+        self._recorder = self._validation = self._weights = self._classes = None
         self._recorded, self._is_logging = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
             "_recorder": None,
+            "_validation": None,
             "_weights": None,
             "_classes": None,
             "_recorded": 0,

@@ -151,7 +151,8 @@ class CallPlaces:
         return None
 
 
-_HAS_POSITIONS = hasattr(CodeType, "co_positions")  # from Python 3.11 on
+# From Python 3.11 on, unless it is told to do without.
+_HAS_POSITIONS = hasattr(CodeType, "co_positions") and None not in next(iter(CallPlaces.find.__code__.co_positions()))
 
 
 def _spot(frame: FrameType, first: int, *what: Any) -> tuple[Any, ...]:

@@ -130,7 +130,7 @@ class Measured:
             sums["left"] += _scalar((flat & (x < 0)).count_nonzero())
         if "hard" in self._wanted:
             sums["hard"] += size.numel() - _scalar(size.count_nonzero())
-        sums.add_units(_largest_over(size, over) > 0, None)
+        sums.add_units(_is_alive(size, over), None)
 
     def after(self, y: Tensor, sums: Sums, unit_dim: int) -> Sums:
         """Add the sums of the output φ(h), of the shape of h, to those of :meth:`before`."""
@@ -144,7 +144,7 @@ class Measured:
                 active = _scalar(part.count_nonzero())
                 sums["slopes"] += active
                 sums["inactive"] += part.numel() - active
-                sums.add_units(_largest_over(part, over) > 0, None)
+                sums.add_units(_is_alive(part, over), None)
             elif self._scaled is None:
                 sums["inactive"] += _scalar((part <= 0).count_nonzero())
             if "level" in self._wanted:
@@ -165,8 +165,9 @@ def _harmless(function: Elementwise) -> Iterator[Elementwise]:
         yield function
 
 
-def _largest_over(x: Tensor, over: list[int]) -> Tensor:
-    return x.amax(over) if over else x
+def _is_alive(x: Tensor, over: list[int]) -> Tensor:
+    """Which units have something > 0; or NaN, which is no sign of death."""
+    return ~((x.amax(over) if over else x) <= 0)
 
 
 def _has_parameters(function: Elementwise) -> bool:

@@ -31,6 +31,7 @@ from lightning_noisy.replacement.sites import ActivationSite, activation_sites
 __all__ = ["ActivationRecorder"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CHANNEL_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _Place = tuple[int, str]  # the id of an owner, and a key within it
 
 
@@ -109,7 +110,7 @@ class ActivationRecorder:
         self._is_attached = False
         self._failed: set[int] = set()
         self._current: dict[int, int] = {}  # by the first site of a place, which of its sites the next call has
-        self._turns: dict[nn.Module, int] = {}
+        self._turns: dict[tuple[nn.Module, _Place], int] = {}
         self._pending: dict[nn.Module, Callable[[Any], None] | None] = {}
 
     def _add(self, site: ActivationSite, here: set[nn.Module]) -> None:
@@ -229,16 +230,25 @@ class ActivationRecorder:
         if _is_repeated():
             return
         places = self._of_module[module]
-        place = places[0]
-        if len(places) > 1:
-            function = self.sites[self._places[place][0]].function
-            found = self._calls.find(inspect.currentframe(), function, is_module=True)
-            if found is None or found not in places:  # called by a container, one place after the other
-                turn = self._turns[module] = self._turns.get(module, -1) + 1
-                found = places[turn % len(places)]
-            place = found
+        place = places[0] if len(places) == 1 else self._place_of_shared(module, places, inspect.currentframe())
         values = [*args, *kwargs.values()]
         self._pending[module] = self._start(self._site_at(place), values, partial(_itself, module))
+
+    def _place_of_shared(self, module: nn.Module, places: list[_Place], frame: FrameType | None) -> _Place:
+        """Which of its places calls a module."""
+        function = self.sites[self._places[places[0]][0]].function
+        found = self._calls.find(frame, function, is_module=True)
+        if found in places:
+            return found
+        while frame is not None:  # up to the container that calls it
+            names = frame.f_code.co_varnames if frame.f_code.co_argcount else ()
+            owner = id(frame.f_locals.get(names[0])) if names else 0
+            if theirs := [place for place in places if place[0] == owner]:
+                places = theirs
+                break
+            frame = frame.f_back
+        turn = self._turns[module, places[0]] = self._turns.get((module, places[0]), -1) + 1
+        return places[turn % len(places)]  # a container calls one after the other
 
     def _after_module(self, module: nn.Module, _: Any, output: Any) -> None:
         """Hook: measure the output of a module."""
@@ -402,9 +412,9 @@ def _unit_dim(model: nn.Module, site: ActivationSite) -> int | None:
     """The dimension of the units, as the layer before says; None if none does."""
     names = [*site.seen.feeders, site.batch_norm, site.seen.layer]
     for layer in (model.get_submodule(name) for name in names if name is not None):
-        if isinstance(layer, (*_CONVOLUTIONS, BatchNorm)):
+        if isinstance(layer, (*_CONVOLUTIONS, *_CHANNEL_NORMS, BatchNorm)):
             return 1
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
             return -1
     return None
 

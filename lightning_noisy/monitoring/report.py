@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from lightning_noisy._torch_internals import tree_leaves, tree_map
 from lightning_noisy.monitoring.diagnosis import Findings, Site, Thresholds, diagnose
 from lightning_noisy.monitoring.recorder import ActivationRecorder
 from lightning_noisy.monitoring.statistics import tag_of
-from lightning_noisy.replacement.dataflow import Protected, call, private_copy, random_states_kept
+from lightning_noisy.replacement.dataflow import call, private_copy, random_states_kept
 from lightning_noisy.replacement.sites import ActivationSite, activation_sites
 
 if TYPE_CHECKING:
@@ -144,7 +146,8 @@ def signal_report(
 ) -> SignalReport:
     """What the activations of a model do to one batch: one forward and one backward pass of a copy, in training mode.
 
-    The copy shares the parameters; nothing is written to the model, its gradients or any random state.
+    The copy has parameters of its own, and the batch is copied, too: nothing is written to the model, the batch or any
+    random state. Nothing is logged, and no optimizer steps.
 
     Args:
         model: any module, on the device where it is to run.
@@ -160,7 +163,8 @@ def signal_report(
         The report.
 
     Raises:
-        ValueError: if there is nothing to look at, or no output to differentiate.
+        ValueError: if there is nothing to look at, or no scalar to differentiate: a LightningModule with manual
+            optimization needs ``loss``.
 
     >>> model = nn.Sequential(*[layer for _ in range(10) for layer in (nn.Linear(8, 8), nn.Sigmoid())], nn.Linear(8, 1))
     >>> report = signal_report(model, torch.randn(64, 8))
@@ -168,18 +172,20 @@ def signal_report(
     True
     """
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, copy.deepcopy(batch))
     with ExitStack() as stack:
         stack.enter_context(random_states_kept(model))
-        twin = private_copy(model).train()
+        twin = private_copy(model, share=False).train()
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of the Trainer that a LightningModule doesn't have
         run = _pass(twin, batch, loss)
         recorder = ActivationRecorder(twin, activation_sites(twin), statistics=(*_REPORTED, "grad_rms"))
-        stack.enter_context(Protected(twin))
         stack.enter_context(torch.enable_grad())
         with recorder:
             value = run()
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"The loss must be one number that has a gradient, got {shown}: pass a loss.")
             names = {each: name for name, each in twin.named_parameters() if each.requires_grad}
             gradients = torch.autograd.grad(value, list(names), allow_unused=True) if names else ()
     sites = [recorder.sites[number] for number in recorder.called]
@@ -206,13 +212,19 @@ def _pass(twin: nn.Module, batch: Any, loss: Callable[..., Tensor] | None) -> Ca
 
     def run() -> Tensor:
         if loss is None and callable(step):
-            result = step(batch, 0)
+            if not getattr(twin, "automatic_optimization", True):
+                raise ValueError(f"{type(twin).__name__} optimizes manually: pass a loss.")
+            wanted = len(inspect.signature(step).parameters)  # Lightning allows a step without batch_idx
+            result = step(*(batch, 0)[:wanted])
             return cast(Tensor, result["loss"] if isinstance(result, Mapping) else result)
         if loss is not None:
             is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
             inputs, target = (batch[0], [batch[1]]) if is_pair else (batch, [])
             return loss(call(twin, inputs), *target)
-        output = call(twin, tuple(batch) if isinstance(batch, list) else batch)
+        try:
+            output = call(twin, tuple(batch) if isinstance(batch, list) else batch)
+        except TypeError as error:
+            raise ValueError(f"{error}. If the batch has targets, pass a loss, such as F.cross_entropy.") from error
         if isinstance(found := getattr(output, "loss", None), Tensor):
             return found
         leaves = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]

@@ -117,7 +117,8 @@ class SiteStatistics:
         count = c["count"].where(c["count"] > 0, torch.nan)
         mean_x, mean_y = c["x"] / count, c["y"] / count
         var_x, var_y = ((c[name] / count - mean**2).clamp_min(0) for name, mean in (("xx", mean_x), ("yy", mean_y)))
-        gain, gain_prime = rho(var_x, mean_y, var_y), c["slopes"] / count
+        gain = rho(var_x, mean_y, var_y).where(var_x > 0, torch.nan)
+        gain_prime = c["slopes"] / count
         of_state = pooled.extra["state"] / pooled.extra["ranks"]
         found = {
             "rho": gain,

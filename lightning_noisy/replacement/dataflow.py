@@ -103,15 +103,15 @@ class Observed:
         return [self.nodes[id(leaf)][1] for leaf in tree_leaves(values) if id(leaf) in self.nodes]
 
 
-def private_copy(model: nn.Module) -> nn.Module:
-    """A copy to look into: parameters are shared, all else is its own.
+def private_copy(model: nn.Module, *, share: bool = True) -> nn.Module:
+    """A copy to look into: parameters are shared, unless ``share=False``, all else is its own.
 
     Of the user's hooks it has the methods of its own modules; others may write anywhere.
 
     Raises:
         Exception: whatever copying the attributes of a module raises.
     """
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if share}
     for leaf in tree_leaves([list(vars(module).values()) for module in model.modules()]):
         if isinstance(leaf, Tensor) and not leaf.is_leaf:  # kept by a forward pass; which torch refuses to copy
             shared[id(leaf)] = leaf.detach().clone()

@@ -424,3 +424,27 @@ def test_weights_gradients_and_updates_are_those_of_the_step(tmp_path):
             assert logged[f"weight_mean/{name}"][0][1] == pytest.approx(abs(new.mean()), rel=1e-5)
             total += abs(new.mean())
     assert logged["weight_mean_sum"][0][1] == pytest.approx(total, rel=1e-5)
+
+
+def test_validation_in_the_middle_of_a_window_has_sums_of_its_own(tmp_path):
+    data = normal_batches(4, 50, 8)
+    trainer = quiet_trainer(
+        callbacks=[ActivationMonitor(stages=("train", "validate"), window=4, every_n_steps=4)],
+        logger=TensorBoardLogger(tmp_path, "", ""),
+        val_check_interval=2,
+    )
+    trainer.fit(First(nn.Tanh()), loader(data), loader([(5 * x, y) for x, y in data]))
+    h = np.concatenate([x.double().numpy().ravel() for x, _ in data])
+    logged = scalars(tmp_path)
+    assert logged["rho/net.0"] == [(3, pytest.approx((np.tanh(h) ** 2).mean() / h.var(), rel=1e-5))]
+    of_validation = pytest.approx((np.tanh(5 * h) ** 2).mean() / (5 * h).var(), rel=1e-5)
+    assert [value for _, value in logged["val_rho/net.0"]] == [of_validation] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sites": ()}, {"statistics": ()}, {"stages": ()}, {"classes": 3}, {"thresholds": {"saturation": 0.1}}],
+)
+def test_monitor_refuses_arguments_that_would_do_nothing(options):
+    with pytest.raises((ValueError, TypeError)):
+        ActivationMonitor(**options)

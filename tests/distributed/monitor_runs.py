@@ -77,6 +77,24 @@ class Watched(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+class Differs(Watched):
+    """Calls other activations on each rank."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x = self.net(batch[self.global_rank])
+        x = self.act(x) if torch.distributed.get_rank() == 0 else F.elu(x)
+        return self.last(x).sum()
+
+
+def run_differing(out: Path) -> None:
+    """Fit with sites that differ between ranks."""
+    model = Differs()
+    trainer = quiet_trainer(strategy="ddp", devices=2, callbacks=[ActivationMonitor()], use_distributed_sampler=False)
+    trainer.fit(model, loader(batches()))
+    if trainer.is_global_zero:
+        torch.save({tag: float(value) for tag, value in trainer.callback_metrics.items()}, out / "differs.pt")
+
+
 def run(case: str, out: Path, **options: Any) -> None:
     """Fit with the monitor, and write what it logged."""
     data, tensor = CASES[case]
@@ -144,7 +162,8 @@ def run_fsdp1(out: Path) -> None:
 def main(out: Path, cases: list[str]) -> None:
     warnings.simplefilter("ignore")
     for case in cases:
-        run_fsdp1(out) if case == "fsdp1" else run(case, out)
+        special = {"fsdp1": run_fsdp1, "differs": run_differing}.get(case)
+        run(case, out) if special is None else special(out)
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort a process that takes its interpreter down

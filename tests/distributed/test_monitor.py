@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def out(tmp_path_factory):
     def fill(folder):
         script = HERE / "monitor_runs.py"
-        run_processes(script, 2, str(folder), "ddp", "fsdp1", *([] if OLD_TORCH else ["fsdp2", "tensor"]))
+        run_processes(script, 2, str(folder), "ddp", "differs", "fsdp1", *([] if OLD_TORCH else ["fsdp2", "tensor"]))
         if not OLD_TORCH:
             run_processes(script, 4, str(folder), "mesh")
 
@@ -86,6 +86,11 @@ def test_deepspeed_logs_the_activations_of_one_process(deepspeed_out, alone, sta
             wanted = {tag: value for tag, value in wanted.items() if not tag.endswith("/extra")}
         assert found[step].keys() >= wanted.keys()
         assert {tag: found[step][tag] for tag in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-7, nan_ok=True)
+
+
+def test_ranks_that_call_different_activations_log_those_of_the_first(out):
+    found = torch.load(out / "differs.pt", weights_only=True)
+    assert {"rho/net.1", "rho/act"} <= found.keys()
 
 
 def test_first_fsdp_has_the_activations_of_one_process(out, alone):

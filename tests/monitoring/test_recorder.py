@@ -315,3 +315,73 @@ def test_recorder_tells_the_passes_of_a_loop_apart():
     for number, name in enumerate((":relu#0", ":relu#0@2", ":relu#0@3")):
         assert sums[name] == pytest.approx(seen[number] + seen[4 + number], rel=1e-4)
     assert recorder.sums.table[:, 0].tolist() == [48] * 6
+
+
+def test_module_shared_by_containers_is_told_apart_by_who_calls_it():
+    act = nn.ReLU()
+
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 8))
+            self.encoder = nn.Sequential(nn.Linear(8, 8), act, nn.Linear(8, 4))
+            self.act = act
+
+        def forward(self, x):
+            return self.act(self.decoder(self.encoder(x) * 10) - 5)
+
+    torch.manual_seed(0)
+    model, x, sums = Coder(), normal(32, 8), {}
+    for name, layer in (("decoder.1", model.decoder[0]), ("encoder.1", model.encoder[0])):
+        layer.register_forward_hook(lambda module, args, output, name=name: sums.update({name: output.sum().item()}))
+    recorder = ActivationRecorder(model)
+    with recorder:
+        y = model.decoder(model.encoder(x) * 10) - 5
+        recorder.reset()
+        model(x)
+    found = dict(zip([site.name for site in recorder.sites], recorder.sums.table[:, 1].tolist(), strict=True))
+    expected = {**sums, "act": y.sum().item()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ((nn.Conv1d(3, 6, 3, padding=1), nn.GroupNorm(2, 6)), (5, 3, 7)),
+        ((nn.Conv1d(3, 6, 3, padding=1), nn.InstanceNorm1d(6)), (5, 3, 7)),
+        ((nn.Conv1d(3, 6, 3, padding=1),), (5, 3, 7)),
+        ((nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)), (5, 3, 7, 7)),
+        ((nn.Linear(3, 6),), (5, 7, 3)),
+        ((nn.Linear(3, 6), nn.LayerNorm(6)), (5, 7, 7, 3)),
+    ],
+)
+def test_units_are_in_the_dimension_of_the_layer_before(layers, shape):
+    class Shift(nn.Module):
+        def forward(self, x):
+            dim = 1 if isinstance(layers[0], (nn.Conv1d, nn.Conv2d)) else -1
+            return x - torch.tensor([0.0, 50, 50, 0, 50, 0]).view(-1, *[1] * (x.dim() - 2 if dim == 1 else 0))
+
+    shifted = layers[0]
+    with torch.no_grad():
+        if len(layers) == 1 or isinstance(layers[-1], nn.BatchNorm2d):
+            target = layers[-1]
+        else:
+            target = layers[-1] if getattr(layers[-1], "bias", None) is not None else None
+        if target is None:
+            model = nn.Sequential(*layers, Shift(), nn.ReLU())
+        else:
+            target.bias[[1, 2, 4]] = -50.0
+            model = nn.Sequential(*layers, nn.ReLU())
+    assert record(model, normal(*shape))["dead_units"] == [0.5]
+    assert shifted is layers[0]
+
+
+def test_undefined_elements_are_no_sign_of_death():
+    x = normal(16, 4)
+    x[3, 2] = float("nan")
+    assert record(nn.ReLU(), x)["dead_units"] == [0]
+    assert record(nn.Sigmoid(), x)["dead_units"] == [0]
+
+
+def test_gain_of_a_constant_input_is_undefined():
+    assert all(math.isnan(value) for value in record(nn.ReLU(), torch.ones(5, 5))["rho"])

@@ -157,3 +157,52 @@ def test_report_plots_the_scales_of_signal_and_gradient():
     figure = signal_report(stack(6, nn.ReLU, nn.init.kaiming_normal_), normal(50, 64)).plot()
     (axes, *_) = figure.axes
     assert [len(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 6] == [6, 6]
+
+
+def test_report_does_not_touch_the_batch_nor_gradients_of_a_step_that_writes_them():
+    class Writes(Net):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            x.sub_(1)
+            self.net[0].weight.detach().numpy()[:] *= 2
+            loss = F.cross_entropy(self.net(x), y)
+            loss.backward(retain_graph=True)
+            return loss
+
+    model, (batch,) = Writes(), batches(1)
+    x, weight = batch[0].clone(), model.net[0].weight.detach().clone()
+    signal_report(model, batch)
+    assert torch.equal(batch[0], x)
+    assert torch.equal(model.net[0].weight, weight)
+    assert model.net[0].weight.grad is None
+
+
+def test_report_takes_a_step_without_the_number_of_the_batch():
+    class Short(Net):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    assert len(signal_report(Short(), batches(1)[0]).sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model, "automatic_optimization", False), "optimizes manually: pass a loss"),
+        (lambda model: setattr(model, "training_step", lambda *_: None), "must be one number.*got NoneType"),
+        (
+            lambda model: setattr(model, "training_step", lambda b, i: model.net(b[0])),
+            r"must be one number.*got \(4, 3\)",
+        ),
+    ],
+)
+def test_report_says_what_loss_it_needs(change, message):
+    model = Net()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        signal_report(model, batches(1)[0])
+
+
+def test_report_of_a_pair_without_a_loss_asks_for_one():
+    with pytest.raises(ValueError, match=r"If the batch has targets, pass a loss"):
+        signal_report(stack(1, nn.ReLU, nn.init.kaiming_normal_), (normal(5, 64), torch.zeros(5)))
