@@ -100,7 +100,7 @@ def main(out: Path) -> None:
     model = Net(nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
     run(
         model,
-        [ActivationMonitor()],
+        [ActivationMonitor(window=2)],
         out,
         "watch",
         logger=TensorBoardLogger(out, "events", ""),
