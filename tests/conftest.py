@@ -5,6 +5,7 @@ import pytest
 from helpers import HAS_COMPILER
 
 from lightning_noisy.kernels.gaussian import _load, compiled_library
+from lightning_noisy.monitoring.call_watch import FunctionCalls, RunEagerly
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -32,3 +33,10 @@ def inductor():
         pytest.skip("torch.compile finds no C++ compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         pytest.skip("torch.compile needs Python's C headers")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_attached():
+    """A recorder that stayed attached would let what later tests compile run eagerly."""
+    yield
+    assert (RunEagerly._users, FunctionCalls._active) == (0, None)

@@ -107,6 +107,7 @@ def test_recorder_leaves_out_what_it_cannot_measure_and_says_so_once():
     with pytest.warns(UserWarning, match="'0' can't be measured, and is left out"):
         model[1](model[0](normal(5, 5), normal(5, 5)))
     model[1](model[0](normal(5, 5), normal(5, 5)))  # a second warning would be an error
+    recorder.detach()
     assert recorder.sums.table[:, 0].tolist() == [0, 50]
 
 
@@ -139,12 +140,14 @@ def test_recorder_changes_neither_values_nor_gradients_nor_random_states(to):
         )
         if to:
             replace_activations(model, to)
+        recorder = ActivationRecorder(model)
         if recorded:
-            ActivationRecorder(model).attach()
+            recorder.attach()
         for seed in range(3):
             torch.manual_seed(seed)
             y = model(torch.randn(5, 6))
             y.square().sum().backward()
+        recorder.detach()
         return [y, torch.get_rng_state(), *model.buffers(), *(p.grad for p in model.parameters())]
 
     assert all(torch.equal(a, b) for a, b in zip(run(recorded=False), run(recorded=True), strict=True))
