@@ -236,17 +236,20 @@ class ActivationRecorder:
 
     def _place_of_shared(self, module: nn.Module, places: list[_Place], frame: FrameType | None) -> _Place:
         """Which of its places calls a module."""
-        function = self.sites[self._places[places[0]][0]].function
-        found = self._calls.find(frame, function, is_module=True)
-        if found in places:
-            return found
-        while frame is not None:  # up to the container that calls it
+        start = frame
+        while frame is not None:  # up to the module that calls it
             names = frame.f_code.co_varnames if frame.f_code.co_argcount else ()
             owner = id(frame.f_locals.get(names[0])) if names else 0
             if theirs := [place for place in places if place[0] == owner]:
                 places = theirs
                 break
             frame = frame.f_back
+        if len(places) == 1:
+            return places[0]
+        function = self.sites[self._places[places[0]][0]].function
+        found = self._calls.find(start, function, is_module=True)
+        if found in places:
+            return found
         turn = self._turns[module, places[0]] = self._turns.get((module, places[0]), -1) + 1
         return places[turn % len(places)]  # a container calls one after the other
 
