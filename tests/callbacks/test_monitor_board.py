@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_findings_are_a_text(tmp_path):
 
 
 def test_histograms_are_of_the_pre_activations(tmp_path):
-    model, found = fitted(tmp_path, steps=1, histograms=True)
+    _, found = fitted(tmp_path, steps=1, histograms=True)
     (event,) = found.Histograms("pre_activation/net.1")
     assert sorted(found.Tags()["histograms"]) == ["pre_activation/net.1", "pre_activation/net.3"]
     (x, _), first = batches(1, 16)[0], deep().net[0]
@@ -84,7 +83,6 @@ def test_histograms_are_of_the_pre_activations(tmp_path):
     assert value.sum == pytest.approx(h.sum(), abs=0.05 * np.abs(h).sum())
     below = sum(count for limit, count in zip(value.bucket_limit, value.bucket, strict=True) if limit <= 0)
     assert below == (h < 0).sum()
-    assert model is not None
 
 
 def test_figures_are_drawn_at_the_end_of_each_epoch(tmp_path):
@@ -163,4 +161,3 @@ def test_two_monitors_do_not_disturb_each_other():
     trainer.fit(deep(), loader(batches(4)))
     assert {"rho/net.1", "rho/net.3"} <= set(trainer.callback_metrics)
     assert [len(each._history) for each in (first, second)] == [4, 2]
-    assert isinstance(trainer, L.Trainer)
