@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_noisy import ActivationMonitor
 from lightning_noisy.monitoring.recorder import ActivationRecorder
+from lightning_noisy.monitoring.tensorboard import add_scalars
 
 ACTIVATIONS = (nn.ReLU, nn.GELU)
 
@@ -99,18 +100,22 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
 class Logs:
     """Scalars of a step, written as a logger does."""
 
-    def __init__(self) -> None:
-        self.writer, self.step = SummaryWriter(tempfile.mkdtemp()), 0
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.writer, self.step, self.at_once = SummaryWriter(tempfile.mkdtemp()), 0, at_once
 
     def write(self, values: dict[str, float]) -> None:
+        """One by one, as Lightning's loggers do, or as the monitor does."""
         self.step += 1
+        if self.at_once:
+            add_scalars(self.writer, values, self.step)
+            return
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.step)
 
 
 def ours(model: nn.Module) -> Callable[[Callable[[], None]], None]:
     """The recorder, as the callback uses it in a step that is logged."""
-    recorder, logs = ActivationRecorder(model), Logs()
+    recorder, logs = ActivationRecorder(model), Logs(at_once=True)
 
     def run(step: Callable[[], None]) -> None:
         with recorder:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
+
+from lightning_noisy.monitoring.tensorboard import add_scalars
 
 __all__ = ["log_hyperparameters", "log_scalars"]
 
@@ -17,9 +18,8 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> No
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            if trainer.is_global_zero:  # one event for all of them, in a tenth of the time
-                values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-                logger.experiment.file_writer.add_summary(Summary(value=values), step)
+            if trainer.is_global_zero:
+                add_scalars(logger.experiment, scalars, step)
         else:
             logger.log_metrics(_named(logger, scalars), step=step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})

@@ -40,11 +40,24 @@ class FusedFunction(NamedTuple):
 
     Attributes:
         value: called with x and ``out``, writes φ(x) into ``out``.
-        chain: called with g, x, φ(x) and ``out``, writes g φ′(x) into ``out``.
+        chain: called with g, x, φ(x) and ``out``, writes g φ′(x) into ``out``, which may be g.
+        reads_value: whether ``chain`` reads φ(x).
     """
 
     value: Callable[[Tensor, Tensor], object]
     chain: Callable[[Tensor, Tensor, Tensor, Tensor], object]
+    reads_value: bool = False
+
+    def slope(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """φ′(x), in the memory of ``out`` if it has the shape and layout of x."""
+        if out is None or out.shape != x.shape or out.stride() != x.stride():
+            out = torch.empty_like(x)
+        y = x
+        if self.reads_value:
+            y = torch.empty_like(x)
+            self.value(x, y)
+        self.chain(out.fill_(1), x, y, out)
+        return out
 
 
 def _leaky_relu(negative_slope: float = 0.01) -> FusedFunction:
@@ -79,6 +92,7 @@ _SILU = FusedFunction(
 _TANH = FusedFunction(
     lambda x, out: torch.tanh(x, out=out),
     lambda g, x, y, out: _aten.tanh_backward.grad_input(g, y, grad_input=out),
+    reads_value=True,
 )
 
 # By module class, with options from the module's attributes; and by function, with default options.

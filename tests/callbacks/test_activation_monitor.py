@@ -10,7 +10,7 @@ from helpers import Net, all_equal, batches, loader, parameters_of, quiet_traine
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-from lightning_noisy import ActivationMonitor, replace_activations
+from lightning_noisy import ActivationMonitor, GradientNoise, replace_activations
 from lightning_noisy.nn import NAH, NSwish
 
 STATISTICS_OF_ALL = (
@@ -53,6 +53,17 @@ def test_monitor_logs_one_half_for_relu_on_normal_input(tmp_path):
         for _, logged_value in logged[f"{statistic}/net.0"]:
             assert logged_value == pytest.approx(value, abs=0.01), statistic
     assert [value for _, value in logged["anact_score"]] == pytest.approx([np.log(2)] * 2, abs=0.01)
+
+
+def test_a_logger_of_an_earlier_fit_is_logged_to_again(tmp_path):
+    """Lightning closes TensorBoard's writer at the end of a fit."""
+    logger, model, monitor = TensorBoardLogger(tmp_path, "", ""), First(nn.ReLU(), 20), ActivationMonitor()
+    for _ in range(2):
+        trainer = quiet_trainer(callbacks=[monitor, GradientNoise(seed=0)], logger=logger, log_every_n_steps=2)
+        trainer.fit(model, loader(normal_batches(4, 8, 20)))
+    logged = scalars(tmp_path)
+    for tag in ("rho/net.0", "anact_score", "gradient_noise/std"):
+        assert [step for step, _ in logged[tag]] == [1, 3, 1, 3], tag
 
 
 def test_monitor_logs_gains_of_harmonic_mean_one_for_a_normalized_activation(tmp_path):

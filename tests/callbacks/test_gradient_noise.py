@@ -308,3 +308,14 @@ def test_gradient_noise_does_nothing_outside_fit():
 def test_gradient_noise_refuses_bad_arguments_at_once(options, error, message):
     with pytest.raises(error, match=message):
         GradientNoise(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_processes_that_train_copies_add_the_noise_of_one(strategy):
+    alone, copies = Flat(1000), Flat(1000)
+    fit(alone, [GradientNoise(eta=1.0, seed=3)])
+    # Each of the two has all the batches.
+    fit(copies, [GradientNoise(eta=1.0, seed=3)], strategy=strategy, devices=2, use_distributed_sampler=False)
+    assert alone.w.abs().min() > 0
+    assert torch.equal(copies.w, alone.w)

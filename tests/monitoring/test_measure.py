@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_noisy.functional.scores import gains
+from lightning_noisy.kernels import sums
 from lightning_noisy.monitoring import measure
 from lightning_noisy.monitoring.measure import Measured
 from lightning_noisy.nn import NAH, NANI, NReLU, NSwish, registry
@@ -63,8 +64,8 @@ def test_sums_equal_those_of_numpy(name, shape):
         del expected["hard"]
     # An element or two are at the threshold.
     assert {key: sums[key] for key in expected} == pytest.approx(expected, rel=5e-5, abs=1e-3)
-    assert sums.units[0].bool().tolist() == alive.tolist()
-    assert sums.units[1].numpy() == pytest.approx(level, rel=1e-4)
+    assert (sums.alive > 0).tolist() == alive.tolist()
+    assert sums.levels.numpy() == pytest.approx(level, rel=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
@@ -103,30 +104,34 @@ def test_sums_do_not_depend_on_the_device_path(monkeypatch):
     """Elsewhere than on the CPU nothing waits for values: the same by tensors, in one part."""
     h = normal(500, 30) + 1
     expected = sums_of(nn.Tanh(), h)
-    monkeypatch.setattr(measure, "_scalar", lambda x: x.double())
-    monkeypatch.setattr(measure, "_FAR", -1.0)
+    monkeypatch.setattr(measure, "scalar", lambda x: x.double())
+    monkeypatch.setattr(sums, "scalar", lambda x: x.double())
+    monkeypatch.setattr(sums, "_FAR", 0.0)
+    monkeypatch.setattr(measure, "element_sums", sums.reference_sums)
     found = sums_of(nn.Tanh(), h)
+    assert all(isinstance(found[key], torch.Tensor) for key in ("x", "yy", "saturated", "left", "inactive"))
     assert {key: float(value) for key, value in found.items()} == pytest.approx(dict(expected), rel=1e-5)
 
 
 def test_unit_that_fires_once_is_alive():
     h = torch.full((50, 4), -1.0)
     h[7, 2] = 1.0
-    assert sums_of(nn.ReLU(), h).units[0].tolist() == [0, 0, 1, 0]
+    assert sums_of(nn.ReLU(), h).alive.tolist() == [0, 0, 1, 0]
 
 
 def test_units_are_channels_of_images():
     h = torch.full((5, 3, 4, 4), -1.0)
     h[:, 1, 0, 0] = 2.0
-    assert sums_of(nn.ReLU(), h, unit_dim=1).units.tolist() == [[0, 1, 0], [0, 10, 0]]
-    other = h.to(memory_format=torch.channels_last)
-    assert sums_of(nn.ReLU(), other, unit_dim=1).units.tolist() == [[0, 1, 0], [0, 10, 0]]
+    for images in (h, h.to(memory_format=torch.channels_last)):
+        found = sums_of(nn.ReLU(), images, unit_dim=1)
+        assert found.alive.tolist() == [0, 1, 0]
+        assert found.levels.tolist() == [0, 10, 0]
 
 
 def test_unit_that_leaks_is_not_dead():
     h = torch.full((50, 4), -1.0)
-    assert sums_of(nn.LeakyReLU(), h).units[0].tolist() == [1, 1, 1, 1]
-    assert sums_of(nn.Hardtanh(), 5 * h).units[0].tolist() == [0, 0, 0, 0]
+    assert sums_of(nn.LeakyReLU(), h).alive.gt(0).all()
+    assert sums_of(nn.Hardtanh(), 5 * h).alive.eq(0).all()
 
 
 @pytest.mark.parametrize("make", [NReLU, NSwish, lambda: GPNActivation(nn.Tanh())])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from lightning_noisy import replace_activations
@@ -163,7 +165,7 @@ def test_recorder_leaves_no_hooks_behind():
     for _ in range(2):
         recorder.attach()
         recorder.attach()
-        assert hooks() == 4
+        assert hooks() == 2 + 1  # before and after what overwrites its input
         recorder.detach()
         recorder.detach()
         assert hooks() == 0
@@ -233,6 +235,45 @@ def test_recorder_keeps_no_activation_alive():
         model(normal(8, 4)).sum().backward()
         gc.collect()
         assert [each() for each in alive] == [None] * 4
+
+
+class LargestMemory(TorchDispatchMode):
+    """The most bytes that tensors made in this context have at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_iter(output):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known | self._known:
+                storage = x.untyped_storage()
+                self._known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.data_ptr(), storage.nbytes())
+                self.most = max(self.most, self.now)
+        return output
+
+    def _forget(self, address, size):
+        self._known.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(True), nn.GELU(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), NReLU()], ids=repr)
+def test_recording_allocates_less_than_an_activation(act):
+    """Sums take some samples at a time: what they need stays in the cache."""
+    h = normal(64, 32, 32, 32)
+    model = nn.Sequential(nn.Identity(), act)
+    recorder = ActivationRecorder(model)
+    with recorder, torch.no_grad():
+        y = act.forward(h.clone())
+        with LargestMemory() as memory:
+            finish = recorder._start(0, [h], lambda: (act, act))
+            finish(y)
+    assert recorder.sums.table[0, 0] == h.numel()
+    assert 0 < memory.most < h.nbytes
 
 
 def test_undefined_numbers_are_recorded_as_such_and_leave_the_pass_alone():

@@ -9,7 +9,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_noisy.monitoring.statistics import STATISTICS, tag_of
-from lightning_noisy.monitoring.tensorboard import EDGES, add_histogram, custom_scalars, histogram
+from lightning_noisy.monitoring.tensorboard import EDGES, add_histogram, add_scalars, custom_scalars, histogram
 from lightning_noisy.monitoring.weights import WEIGHT_STATISTICS
 
 SITES = ["net.1", "net.10", "block:relu#0", ":relu#0@2", "a-b c+d[0]"]
@@ -193,3 +193,17 @@ def test_histogram_is_read_back(tmp_path):
 def test_histogram_needs_one_edge_more_than_counts(tmp_path):
     with SummaryWriter(tmp_path) as writer, pytest.raises(ValueError, match="3 counts need 4 edges, got 3"):
         add_histogram(writer, "x", torch.ones(3), torch.arange(3.0), 0)
+
+
+def test_scalars_are_one_event_and_a_closed_writer_opens_again(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        add_scalars(writer, {"a/b": 1.5, "c": float("nan")}, 3)
+        add_scalars(writer, {}, 4)
+    add_scalars(writer, {"a/b": 2.5, "c": -1.0}, 5)
+    add_scalars(writer, {"a/b": 3.5}, 6)
+    writer.close()
+    add_scalars(writer, {}, 7)
+    found = read(tmp_path)
+    assert [(event.step, event.value) for event in found.Scalars("a/b")] == [(3, 1.5), (5, 2.5), (6, 3.5)]
+    assert [event.step for event in found.Scalars("c")] == [3, 5]
+    assert found.Scalars("c")[1].value == -1
