@@ -5,6 +5,7 @@ Each has a test that fails when torch changes it; another test finds uses elsewh
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "HOOKS",
     "LOAD_HOOKS",
     "WRAPPERS",
+    "strip_wrappers",
     "BatchNorm",
     "StorageWeakRef",
     "add_each",
@@ -59,6 +61,13 @@ LOAD_HOOKS = "_load_state_dict_pre_hooks"
 
 # Parts that torch.compile, Fabric, FSDP and activation checkpointing add to the names of parameters.
 WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_WRAPPED = re.compile(rf"(?:^|\.)(?:{'|'.join(WRAPPERS)})(?=[.:]|$)")  # a colon begins the name of a call site
+
+
+def strip_wrappers(name: str) -> str:
+    """The name of a parameter or module without the parts that module wrappers add."""
+    return _WRAPPED.sub("", name).removeprefix(".")
 
 
 def is_transforming() -> bool:

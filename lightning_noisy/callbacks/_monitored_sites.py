@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_noisy._torch_internals import strip_wrappers
 from lightning_noisy.replacement.sites import ActivationSite
 
 __all__ = ["agreed_sites"]
@@ -34,7 +35,7 @@ def _not_here(name: str, function: str) -> ActivationSite:
 
 def _matching(sites: list[ActivationSite], patterns: Sequence[str] | None) -> list[ActivationSite]:
     """Those that match a pattern; one that matches none warns."""
-    names = [site.name or "root" for site in sites]
+    names = [strip_wrappers(site.name) or "root" for site in sites]
     for pattern in patterns or ():
         if not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ["none"]

@@ -157,6 +157,7 @@ class ActivationMonitor(pl.Callback):
         self.thresholds = thresholds or Thresholds()
         self.saturation_threshold = saturation_threshold
         self._history: list[tuple[int, dict[str, float]]] = []
+        self._is_new = True  # whether nothing was logged in this fit: the history is that of the last one
         self._classes: ClassWatch | None = None
         self._order: list[Site] = []  # in the order of their first calls
         self._has_layout = False
@@ -170,7 +171,7 @@ class ActivationMonitor(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the activations."""
         self._release()
-        self._history, self._order, self._has_layout, self._warned = [], [], False, set()
+        self._is_new, self._has_layout, self._warned = True, False, set()
         self._classes = ClassWatch(self.classes) if self.classes is not None and self.figures else None
         found = activation_sites(pl_module)
         sites = agreed_sites(trainer, found, self.sites)
@@ -262,8 +263,8 @@ class ActivationMonitor(pl.Callback):
         if self.histograms:
             write_histograms(trainer, pooled.extra["histograms"], [prefix + site.name for site in recorder.sites], step)
         if not prefix:
-            self._order = described([recorder.sites[number] for number in recorder.called])
             self._keep(step, found)
+            self._order = described([recorder.sites[number] for number in recorder.called])
             if len(self._history) == 2:
                 self._write_layout(trainer)
             if self.warn:
@@ -271,6 +272,8 @@ class ActivationMonitor(pl.Callback):
 
     def _keep(self, step: int, values: dict[str, float]) -> None:
         """Keep the values for the report; of long runs every other, every fourth, ..."""
+        if self._is_new:
+            self._history, self._is_new = [], False
         if len(self._history) >= _HISTORY:
             del self._history[1:-1:2]
         self._history.append((step, values))
@@ -306,7 +309,8 @@ class ActivationMonitor(pl.Callback):
         """
         if not self._history:
             raise RuntimeError(
-                "ActivationMonitor has logged nothing yet: there is no report before the first logged step."
+                "ActivationMonitor has logged nothing of a training yet, so there is no report. It logs at every n-th"
+                " step of a fit: n is every_n_steps, or the Trainer's log_every_n_steps, 50 by default."
             )
         last = self._history[-1][1]
         prefix = "grad_variance/"
@@ -342,21 +346,30 @@ class ActivationMonitor(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was found, and leave the model as it was."""
+        self._conclude(trainer)
+
+    def _conclude(self, trainer: pl.Trainer) -> None:
         self._release()
-        if self._history:
-            self._write_layout(trainer)
-            findings = self._findings()
-            write_findings(trainer, findings, self._history[-1][0])
-            if findings:
-                say(f"ActivationMonitor found:\n{findings}")
+        if self._is_new or not self._order:
+            return
+        self._is_new = True
+        self._write_layout(trainer)
+        findings = self._findings()
+        write_findings(trainer, findings, self._history[-1][0])
+        steps = f"{len(self._history)} logged step{'s' if len(self._history) > 1 else ''}"
+        say(
+            f"ActivationMonitor found, in {steps}:\n{findings}"
+            if findings
+            else f"ActivationMonitor has no findings, in {steps}."
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the model as it was."""
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was."""
-        self._release()
+        """Say what was found so far, and leave the model as it was."""
+        self._conclude(trainer)
 
     def _release(self) -> None:
         for recorder in filter(None, (self._recorder, self._validation)):

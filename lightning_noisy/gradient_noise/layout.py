@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_noisy._torch_internals import strip_wrappers
 from lightning_noisy.gradient_noise.fsdp1 import flat_shards
-from lightning_noisy.gradient_noise.parameter_names import parameter_names, strip_wrappers, unwrapped
+from lightning_noisy.gradient_noise.parameter_names import parameter_names, unwrapped
 from lightning_noisy.gradient_noise.plan import Mark, NoisePlan
 
 __all__ = ["Layout", "OwnParameters", "ParameterFilter", "padding_rows"]

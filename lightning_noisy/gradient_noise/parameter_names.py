@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_noisy._torch_internals import WRAPPERS, uncompiled
+from lightning_noisy._torch_internals import strip_wrappers, uncompiled
 
-__all__ = ["parameter_names", "strip_wrappers", "unwrapped"]
+__all__ = ["parameter_names", "unwrapped"]
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
 
@@ -20,11 +20,6 @@ def unwrapped(model: nn.Module | None) -> nn.Module | None:
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner
-
-
-def strip_wrappers(name: str) -> str:
-    """A parameter's name without the parts that module wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def parameter_names(model: nn.Module | None) -> dict[nn.Parameter, str]:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from lightning_noisy.monitoring.findings import ADVICE, Finding, Findings
+from lightning_noisy.nn.registry import NORMALIZED
 
 __all__ = ["Finding", "Findings", "Site", "Thresholds", "diagnose"]
 
@@ -24,6 +25,7 @@ __all__ = ["Finding", "Findings", "Site", "Thresholds", "diagnose"]
 SATURATING = ("hardsigmoid", "hardtanh", "sigmoid", "softsign", "tanh")
 # Those of them with small slopes everywhere, that only large weights make up for.
 _LOGISTIC = ("hardsigmoid", "sigmoid")
+_NORMALIZED = {"NormalizedActivation", *(each.__name__ for each in NORMALIZED.values())}
 _UNNORMALIZED = 0.7  # deviation of a pre-activation below which it is neither normalized nor from large weights
 _LOOKS = 5  # for how many logged steps in a row steps are too large: those of weights that start at zero are, at first
 History = Sequence[tuple[int, Mapping[str, float]]]
@@ -272,7 +274,10 @@ class _Look:
                     f"The {kind} {when}: from {_named(start)} to {_named(end)} the {words} changes by a factor of"
                     f" {value:.1e}."
                 )
-                yield self.finding(f"{change}_{kind}", [end.name], step, value, severity, message)
+                advice = None
+                if all(site.module in _NORMALIZED for site in path):  # so what is left is due to the weights
+                    advice = ADVICE["normalized"]
+                yield self.finding(f"{change}_{kind}", [end.name], step, value, severity, message, advice)
         if self.path("grad_rms", self.last):
             return  # measured
         step = self.since(lambda values: self.estimate(values) < limit.vanishing)

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["ADVICE", "Finding", "Findings"]
 
-# By kind. The sources are Yuan et al., "ANAct" (2022); Gulcehre et al., "Noisy Activation Functions" (2016);
+# By kind, and of vanishing and exploding ones between normalized activations. The sources are Yuan et al., "ANAct" (2022); Gulcehre et al., "Noisy Activation Functions" (2016);
 # Neelakantan et al., "Adding Gradient Noise" (2015); Kathuria, "Vanishing Gradients and Choosing the Right Activation
 # Function" (2018).
 ADVICE = {
@@ -20,6 +20,9 @@ ADVICE = {
     # Kathuria, "ReLU to the rescue"; ANAct, Eq. 8.
     "vanishing_gradient": "Use functions with larger slopes (a ReLU or tanh for a sigmoid), residual connections, or"
     ' replace_activations(model, "normalized").',
+    # ANAct, section 3.1: normalized activations keep the variance if the weights do.
+    "normalized": "The activations are normalized already, the weights change its size: initialize them by Xavier's"
+    ' rule, as replace_activations(model, ..., initialize="xavier") does.',
     "exploding_gradient": "Clip gradients, initialize smaller weights, or normalize.",
     # Kathuria, "The dying ReLU problem" and "How to choose an activation function"; ANAct's NReLU is centred.
     "dead_units": 'Use a leaky or exponential unit, or replace_activations(model, "nrelu"); lower the learning rate.',

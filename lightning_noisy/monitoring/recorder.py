@@ -18,7 +18,13 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lightning_noisy._torch_internals import BatchNorm, is_recomputing, is_transforming, without_overrides
+from lightning_noisy._torch_internals import (
+    BatchNorm,
+    is_recomputing,
+    is_transforming,
+    strip_wrappers,
+    without_overrides,
+)
 from lightning_noisy.functional.units import unit_dim_of
 from lightning_noisy.monitoring.call_watch import CallPlaces, FunctionCalls, RunEagerly, is_in_place
 from lightning_noisy.monitoring.classes import ClassWatch
@@ -123,7 +129,7 @@ class ActivationRecorder:
         owner = self._model.get_submodule(site.owner)
         place = id(owner), site.place
         number = len(self.sites)
-        self.sites.append(site)
+        self.sites.append(replace(site, name=strip_wrappers(site.name)))  # the same name whatever is compiled
         self._unit_dims.append(_unit_dim(self._model, site))
         if site.module is not None and site.module in here:
             if self._modules.setdefault(place, site.module) is not site.module:  # each pass has a module of its own
@@ -147,7 +153,9 @@ class ActivationRecorder:
         self._gates[module] = {}
         for name, function in gate_names(module).items():
             self._gates[module][name] = len(self.sites)
-            self.sites.append(replace(site, name=f"{site.name}.{name}".lstrip("."), function=function, module=None))
+            self.sites.append(
+                replace(site, name=f"{strip_wrappers(site.name)}.{name}".lstrip("."), function=function, module=None)
+            )
             self._unit_dims.append(-1)
         if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
             self.unseen[site.name] = "of its layers behind a dropout the inputs aren't known"

@@ -51,6 +51,8 @@ class SignalReport:
 
     def __str__(self) -> str:
         """The table, the weights and the findings."""
+        if not self.sites:
+            return "No activation was looked at."
         columns = [name for name in _COLUMNS if any(name in site for site in self.sites)]
         rows = [["site", "function", "role", *(_COLUMNS[name] for name in columns)]]
         for site in self.sites:

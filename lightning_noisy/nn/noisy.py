@@ -109,19 +109,27 @@ class NoisyActivation(nn.Module):
 
     def _train(self, x: Tensor) -> Tensor:
         """The output with noise."""
-        return self._noisy(x, self._draw(x, *self._next_key()))
+        return self.noisy(x, self.draw(x), self._p(x), self.c)
 
-    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
-        """The output for noise ``epsilon``."""
+    def draw(self, like: Tensor) -> Tensor:
+        """ε or ξ for each element of a tensor; the next call draws other numbers."""
+        return self._draw(like, *self._next_key())
+
+    def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The output for noise ``epsilon``, with p (None if it isn't learned) and c that are broadcastable to x."""
+        raise NotImplementedError
+
+    def expected(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The expectation of the output; arguments as in :meth:`noisy`."""
         raise NotImplementedError
 
     def _expected(self, x: Tensor) -> Tensor:
-        """The expectation of the output."""
-        raise NotImplementedError
+        return self.expected(x, self._p(x), self.c)
 
-    def _p(self, x: Tensor) -> Tensor:
+    def _p(self, x: Tensor) -> Tensor | None:
         """The parameter p, in the dtype of ``x`` and broadcastable to it."""
-        assert self.p is not None
+        if self.p is None:
+            return None
         p = self.p.to(x.dtype)
         if p.numel() == 1:
             return p.squeeze()
@@ -204,18 +212,23 @@ class _OutputNoise(NoisyActivation):
         half_normal = self.noise == "half-normal"
         return fused.OutputNoise(line.slope, line.offset, line.bounds, self.alpha, p.item(), self.c.item(), half_normal)
 
-    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
-        return noisy.output_noise(x, epsilon, self._p(x), self.c, function=self.hard_function, alpha=self.alpha)
+    def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The output for noise ``epsilon``."""
+        return noisy.output_noise(x, epsilon, cast(Tensor, p), c, function=self.hard_function, alpha=self.alpha)
 
     def _expected(self, x: Tensor) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or self._p(x).requires_grad)
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or cast(Tensor, self.p).requires_grad)
         if not differentiable and (sweep := self._sweep(x)) is not None:
             output = torch.empty_like(x)
             sweep.expectation(fused.flat(x), fused.flat(output))
             return output
-        half_normal = self.noise == "half-normal"
+        return super()._expected(x)
+
+    def expected(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The expectation of the output."""
+        half_normal, line = self.noise == "half-normal", self.hard_function
         return noisy.expected_output_noise(
-            x, self._p(x), self.c, function=self.hard_function, alpha=self.alpha, half_normal=half_normal
+            x, cast(Tensor, p), c, function=line, alpha=self.alpha, half_normal=half_normal
         )
 
     def extra_repr(self) -> str:
@@ -293,14 +306,16 @@ class NANI(NoisyActivation):
         if self.noise != "normal":
             raise ValueError(f'Noise on the input must be "normal", got {self.noise!r}.')
 
-    def _sigma(self, x: Tensor) -> Tensor:
-        return self.c.to(x.dtype)
+    def _sigma(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        return c.to(x.dtype)
 
-    def _noisy(self, x: Tensor, epsilon: Tensor) -> Tensor:
-        return noisy.input_noise(x, epsilon, self._sigma(x), function=self.hard_function)
+    def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The output for noise ``epsilon``."""
+        return noisy.input_noise(x, epsilon, self._sigma(x, p, c), function=self.hard_function)
 
-    def _expected(self, x: Tensor) -> Tensor:
-        return noisy.expected_input_noise(x, self._sigma(x), function=self.hard_function)
+    def expected(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
+        """The expectation of the output."""
+        return noisy.expected_input_noise(x, self._sigma(x, p, c), function=self.hard_function)
 
 
 class NANIL(NANI):
@@ -317,9 +332,9 @@ class NANIL(NANI):
     def __init__(self, function: Function = "tanh", *, c: float = 0.5, **options: Any) -> None:
         super().__init__(function, c=c, **options)
 
-    def _sigma(self, x: Tensor) -> Tensor:
+    def _sigma(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         delta = self.hard_function.hard(x) - self.hard_function.linear(x)
-        return noisy.noise_scale(delta, self._p(x), self.c)
+        return noisy.noise_scale(delta, cast(Tensor, p), c)
 
 
 class NANIS(NANI):
@@ -336,14 +351,14 @@ class NANIS(NANI):
     def __init__(self, function: Function = "tanh", *, c: float = 0.25, **options: Any) -> None:
         super().__init__(function, c=c, **options)
 
-    def _sigma(self, x: Tensor) -> Tensor:
+    def _sigma(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         line = self.hard_function.linear(x)
         if self.hard_function.slope is None:
             saturated = self.hard_function.hard(x) != line
         else:
             lower, upper = self.hard_function.bounds
             saturated = (line <= lower) | (line >= upper)
-        return torch.where(saturated, self.c.to(x.dtype), 0.0)
+        return torch.where(saturated, c.to(x.dtype), 0.0)
 
 
 def _hard_function(function: Function) -> tuple[HardFunction, str]:

@@ -356,7 +356,7 @@ def test_monitor_says_once_what_it_looks_at_and_what_it_does_not_see(caplog):
 
     with caplog.at_level("INFO", "lightning_noisy"):
         quiet_trainer(callbacks=[ActivationMonitor()]).fit(Recurrent(), loader(batches(3)))
-    said = [record.message for record in caplog.records if "ActivationMonitor" in record.message]
+    said = [record.message for record in caplog.records if "ActivationMonitor looks at" in record.message]
     assert len(said) == 1
     assert "looks at 4 activations; anact_score sums over 1 hidden ones. Not seen: stack: of its layers " in said[0]
 

@@ -161,3 +161,45 @@ def test_two_monitors_do_not_disturb_each_other():
     trainer.fit(deep(), loader(batches(4)))
     assert {"rho/net.1", "rho/net.3"} <= set(trainer.callback_metrics)
     assert [len(each._history) for each in (first, second)] == [4, 2]
+
+
+def test_findings_are_said_after_an_interrupt_and_after_a_healthy_fit(caplog):
+    class Interrupted(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3 and self.current_epoch == 1:
+                raise RuntimeError("stopped")
+            return super().training_step(batch, batch_idx)
+
+    def net(gain):
+        layers = [layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.Tanh())]
+        for layer in layers[::2]:
+            nn.init.normal_(layer.weight, std=gain * 8**-0.5)
+            nn.init.zeros_(layer.bias)
+        return nn.Sequential(*layers, nn.Linear(8, 3))
+
+    torch.manual_seed(0)
+    with caplog.at_level("INFO", logger="lightning_noisy"):
+        quiet_trainer(callbacks=[ActivationMonitor(every_n_steps=1)]).fit(Net(net(1.3)), loader(batches(4, 32)))
+        assert "has no findings, in 4 logged steps" in caplog.text
+        trainer = quiet_trainer(callbacks=[ActivationMonitor(every_n_steps=1)], max_epochs=2)
+        with pytest.raises(RuntimeError, match="stopped"):
+            trainer.fit(Interrupted(net(0.1), lambda p: torch.optim.SGD(p, lr=0.0)), loader(batches(4, 32)))
+    assert "found, in 7 logged steps:\n1. The signal vanishes since step 0" in caplog.text
+
+
+def test_report_is_that_of_the_last_fit_that_logged():
+    monitor, model = ActivationMonitor(every_n_steps=1, statistics="rho"), deep()
+    trainer = quiet_trainer(callbacks=[monitor])
+    trainer.fit(model, loader(batches(4)))
+    before = monitor.report.sites
+    trainer.fit(model, loader(batches(4)))  # which has no epoch left
+    assert monitor.report.sites == before
+    quiet_trainer(callbacks=[monitor]).fit(model, loader(batches(2)))
+    assert [step for step, _ in monitor._history] == [0, 1]
+
+
+def test_report_without_sites_says_so():
+    monitor = ActivationMonitor(every_n_steps=1, sites="typo*")
+    with pytest.warns(UserWarning, match="matches no activation"), pytest.warns(UserWarning, match="no activations"):
+        quiet_trainer(callbacks=[monitor]).fit(deep(), loader(batches(1)))
+    assert str(monitor.report) == "No activation was looked at."

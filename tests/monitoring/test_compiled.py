@@ -77,6 +77,19 @@ def test_recorder_sees_compiled_modules_and_compiles_nothing_again(compile_it):
     assert counts == [[128.0 * n] * 3 for n in (1, 2, 3)]
 
 
+def test_names_are_the_same_with_compiled_parts():
+    def tags(net):
+        monitor = ActivationMonitor(every_n_steps=1, sites="net.0*", statistics="rho")
+        trainer = quiet_trainer(callbacks=[monitor])
+        trainer.fit(Net(net), loader(batches(1)))
+        return set(trainer.callback_metrics)
+
+    parts = Mixed(), nn.Linear(3, 3)
+    plain = tags(nn.Sequential(*parts))
+    assert plain == {"rho/net.0.act", "rho/net.0:silu#0", "rho/net.0:tanh#0"}
+    assert tags(nn.Sequential(*(torch.compile(each, backend="eager") for each in parts))) == plain
+
+
 @pytest.mark.parametrize("part", [False, True])
 def test_monitored_compiled_run_has_the_graphs_of_a_plain_one(part):
     def run(callbacks):

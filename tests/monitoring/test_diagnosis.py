@@ -104,6 +104,16 @@ def test_gradient_that_changes_in_one_step_is_no_trend():
     assert gradients(1.0) == []
 
 
+def test_advice_between_normalized_activations_is_about_the_weights():
+    sites = [Site(f"net.{number}", "tanh", "hidden", "NormalizedActivation") for number in range(6)]
+    values = {f"grad_rms/{site.name}": 0.1 ** (6 - number) for number, site in enumerate(sites)}
+    (found,) = diagnose([(0, values)], sites)
+    assert found.kind == "vanishing_gradient"
+    assert 'initialize="xavier"' in found.advice
+    (found,) = diagnose([(0, values)], [Site(site.name, "tanh", "hidden", "Tanh") for site in sites])
+    assert 'initialize="xavier"' not in found.advice
+
+
 def test_branches_that_begin_at_zero_have_gradients_that_do_not_vanish():
     assert gradients(0.0, 1.0, 0.0, 1.0) == []
     assert gradients(math.nan, 1.0, 1.0) == []
@@ -360,7 +370,7 @@ def test_units_that_die_in_training_are_found_and_dated():
 
 
 def test_report_before_the_first_log_says_that_there_is_none():
-    with pytest.raises(RuntimeError, match="has logged nothing yet"):
+    with pytest.raises(RuntimeError, match=r"has logged nothing of a training yet.*log_every_n_steps"):
         _ = ActivationMonitor().report
 
 
@@ -372,7 +382,7 @@ def test_findings_are_said_at_the_end_and_the_first_batch_is_reported_on_request
         L.seed_everything(0, verbose=False)
         quiet_trainer(callbacks=[monitor]).fit(model, loader(data(8)))
     first, last = (
-        next(r.message for r in caplog.records if start in r.message) for start in ("The first batch", "found:")
+        next(r.message for r in caplog.records if start in r.message) for start in ("The first batch", "found, in")
     )
     assert "net.11  tanh" in first
     assert "saturation" not in last
