@@ -7,9 +7,9 @@ from typing import Any
 
 __all__ = ["ADVICE", "Finding", "Findings"]
 
-# By kind, and of vanishing and exploding ones between normalized activations. The sources are Yuan et al., "ANAct" (2022); Gulcehre et al., "Noisy Activation Functions" (2016);
-# Neelakantan et al., "Adding Gradient Noise" (2015); Kathuria, "Vanishing Gradients and Choosing the Right Activation
-# Function" (2018).
+# By kind; and "normalized", of vanishing and exploding ones between normalized activations. The sources are Yuan et
+# al., "ANAct" (2022); Gulcehre et al., "Noisy Activation Functions" (2016); Neelakantan et al., "Adding Gradient Noise"
+# (2015); Kathuria, "Vanishing Gradients and Choosing the Right Activation Function" (2018).
 ADVICE = {
     "not_finite": "Lower the learning rate or clip gradients, and look for a division or a logarithm before that site.",
     # Neelakantan, section 4.1: noise gets a network out of weights that are all zero.

@@ -33,6 +33,9 @@ from lightning_noisy.monitoring.recurrent import gate_names, gates
 from lightning_noisy.monitoring.statistics import DEFAULT, SiteStatistics, wanted_parts
 from lightning_noisy.monitoring.sums import Pooled, SiteSums
 from lightning_noisy.monitoring.tensorboard import EDGES, histogram
+from lightning_noisy.nn.recurrent import NoisyRecurrent
+from lightning_noisy.nn.recurrent_cells import NoisyCell
+from lightning_noisy.nn.registry import function_name
 from lightning_noisy.replacement.recognition import FUNCTIONS, METHODS
 from lightning_noisy.replacement.sites import ActivationSite, activation_sites
 
@@ -151,11 +154,21 @@ class ActivationRecorder:
         if module in self._gates:
             return
         self._gates[module] = {}
+        prefix = strip_wrappers(site.name)
+        if isinstance(module, (NoisyRecurrent, NoisyCell)):
+            for name, gate in module.gate_modules().items():
+                number = self._gates[module][name] = len(self.sites)
+                function = function_name(gate) or type(gate).__name__
+                self.sites.append(replace(site, name=f"{prefix}.{name}".lstrip("."), function=function, module=gate))
+                self._unit_dims.append(-1)
+                if isinstance(module, NoisyCell):  # which calls them
+                    place = id(module), name
+                    self._places[place], self._modules[place] = [number], gate
+                    self._of_module.setdefault(gate, []).append(place)
+            return
         for name, function in gate_names(module).items():
             self._gates[module][name] = len(self.sites)
-            self.sites.append(
-                replace(site, name=f"{strip_wrappers(site.name)}.{name}".lstrip("."), function=function, module=None)
-            )
+            self.sites.append(replace(site, name=f"{prefix}.{name}".lstrip("."), function=function, module=None))
             self._unit_dims.append(-1)
         if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
             self.unseen[site.name] = "of its layers behind a dropout the inputs aren't known"
@@ -173,7 +186,10 @@ class ActivationRecorder:
             else:  # its input is still there after the call
                 self._handles.append(module.register_forward_hook(_Hook(self._around_module), with_kwargs=True))
         for module in self._gates:
-            self._handles.append(module.register_forward_hook(_Hook(self._after_recurrent), with_kwargs=True))
+            if isinstance(module, NoisyRecurrent):
+                module.observers = (*module.observers, _Hook(partial(self._observe, module)))
+            elif not isinstance(module, NoisyCell):
+                self._handles.append(module.register_forward_hook(_Hook(self._after_recurrent), with_kwargs=True))
         for numbers in self._passes:
             for number in numbers:
                 layer = self.sites[number].seen.layer
@@ -192,6 +208,9 @@ class ActivationRecorder:
             handle.remove()
         self._handles.clear()
         self._pending.clear()
+        for module in self._gates:
+            if isinstance(module, NoisyRecurrent):
+                module.observers = tuple(each for each in module.observers if not _is_of(each, self))
         if self._is_attached:
             self._is_attached = False
             RunEagerly.stop()
@@ -275,6 +294,13 @@ class ActivationRecorder:
         """Hook: measure the input and the output of a module."""
         self._before_module(module, args, kwargs)
         self._after_module(module, args, output)
+
+    def _observe(self, layer: nn.Module, name: str, gate: nn.Module, h: Tensor, y: Tensor) -> None:
+        """Measure a gate of a recurrent layer, all steps of a call."""
+        if not _is_repeated():
+            finish = self._start(self._gates[layer][name], [h], partial(_itself, gate))
+            if finish is not None:
+                finish(y)
 
     def _after_recurrent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: measure the gates of a recurrent layer."""
@@ -401,6 +427,12 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (_nothing,)
+
+
+def _is_of(hook: object, recorder: ActivationRecorder) -> bool:
+    """Whether a hook calls a recorder."""
+    function = getattr(hook, "_function", None)
+    return getattr(getattr(function, "func", function), "__self__", None) is recorder
 
 
 def _itself(function: Callable[[Tensor], Tensor]) -> tuple[Any, Callable[[Tensor], Tensor]]:

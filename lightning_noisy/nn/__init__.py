@@ -4,6 +4,8 @@ from lightning_noisy.nn import registry
 from lightning_noisy.nn.gpn import GPNActivation
 from lightning_noisy.nn.noisy import NAH, NAN, NANI, NANIL, NANIS, NoisyActivation
 from lightning_noisy.nn.normalized import NLeakyReLU, NormalizedActivation, NReLU, NSwish
+from lightning_noisy.nn.recurrent import NoisyGRU, NoisyLSTM, NoisyRNN
+from lightning_noisy.nn.recurrent_cells import NoisyGRUCell, NoisyLSTMCell, NoisyRNNCell
 
 __all__ = [
     "NAH",
@@ -16,6 +18,12 @@ __all__ = [
     "NReLU",
     "NSwish",
     "NoisyActivation",
+    "NoisyGRU",
+    "NoisyGRUCell",
+    "NoisyLSTM",
+    "NoisyLSTMCell",
+    "NoisyRNN",
+    "NoisyRNNCell",
     "NormalizedActivation",
     "registry",
 ]

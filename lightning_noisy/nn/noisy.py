@@ -169,6 +169,9 @@ class NoisyActivation(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        key = f"{prefix}noise_state"
+        if self.p is None and key not in state_dict:  # of a plain activation: the noise begins anew
+            state_dict = {**state_dict, key: self.noise_state}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         if self.c.is_meta and not self.noise_state.is_meta:  # load_state_dict(assign=True)
             self.c = self._initial_c(self.noise_state.device)

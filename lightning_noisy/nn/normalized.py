@@ -194,7 +194,11 @@ class NormalizedActivation(nn.Module):
         return self.running_mean
 
     def _scale(self, rho: Tensor, rho_prime: Tensor) -> Tensor:
-        return normalization_factor(rho, rho_prime) + self.beta * torch.tanh(self.alpha.squeeze())
+        return self.scale_of(rho, rho_prime, self.alpha)
+
+    def scale_of(self, rho: Tensor, rho_prime: Tensor, alpha: Tensor) -> Tensor:
+        """λ + f(α) of other gains, and of another tensor in place of :attr:`alpha`."""
+        return normalization_factor(rho, rho_prime) + self.beta * torch.tanh(alpha.squeeze())
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the activation of ``input``."""
@@ -257,6 +261,12 @@ class NormalizedActivation(nn.Module):
             self.pending.add_(torch.where(added.isfinite().all(), added, torch.zeros_like(added)))
         first = usable & (self.num_batches_tracked == 0)
         return tuple(torch.where(first, own, known) for own, known in zip(batch, running, strict=True))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Update the statistics with pre-activations, of any shape, as a forward pass would."""
+        if x.numel() and self._looks_at_batch():
+            self._follow(x.detach())
 
     def _dims(self, x: Tensor) -> tuple[int, ...] | None:
         """Return ``instance_dims``; raise if ``x`` doesn't have them."""

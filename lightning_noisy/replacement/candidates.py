@@ -117,6 +117,8 @@ def function_name(module: Any, also: Mapping[type[nn.Module], str]) -> str | Non
     """The name of the function that a module applies, or a function that is held; None if it is no activation."""
     if isinstance(module, ByLayer):
         return function_name(module.first, also)
+    if isinstance(module, RECURRENT):  # also one that has replaced another
+        return None
     origin = Origin.of(module) if isinstance(module, nn.Module) else None
     return function_of(module, also) or (None if origin is None else origin.function)
 

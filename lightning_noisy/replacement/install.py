@@ -35,7 +35,7 @@ def place(model: nn.Module, sites: ActivationSites, made: Mapping[str, nn.Module
         _redirect(model, owner, theirs, made, record)
         for passes in theirs:
             site = passes[0]
-            is_child = site.kind == "attribute" or (site.kind == "module" and _is_first(site))
+            is_child = site.kind in ("attribute", "recurrent") or (site.kind == "module" and _is_first(site))
             if is_child and any(each.name in made for each in passes):
                 record.set_module(model, owner, site.place, _module(model, passes, made, record))
                 if isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):

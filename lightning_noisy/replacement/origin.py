@@ -183,5 +183,7 @@ def computes(module: nn.Module) -> str:
 
 def written(new: Any) -> str:
     """A replacement as a user would name it."""
+    if isinstance(new, tuple):  # of gates, and of other activations
+        return " and ".join(dict.fromkeys(written(each) for each in new))
     name = getattr(new, "__qualname__", type(new).__qualname__)
     return repr(new) if isinstance(new, str) else name if inspect.isclass(new) else f"the function {name}"

@@ -8,21 +8,32 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 from torch import nn
 
 from lightning_noisy.nn import registry
+from lightning_noisy.nn.recurrent_cells import has_drop_in
 from lightning_noisy.replacement.origin import Origin, fingerprint
 from lightning_noisy.replacement.recognition import Also, check_also
 from lightning_noisy.replacement.sites import ActivationSite, ActivationSites
 
-__all__ = ["REMEDIES", "New", "Policy", "Replacement", "Rule", "check_replacement"]
+__all__ = ["REMEDIES", "Choice", "GateSpecs", "New", "Policy", "Replacement", "Rule", "check_replacement"]
 
 # What a site may be replaced with. `replace_activations` also takes a mapping from plain functions' names.
 # LightningCLI tries the types in this order: a dict must not be taken for a callable's arguments.
 New = type[nn.Module] | str | Callable[[ActivationSite], nn.Module]
 Replacement = type[nn.Module] | Mapping[str, New] | str | Callable[[ActivationSite], nn.Module]
+
+
+class GateSpecs(NamedTuple):
+    """What the gates of a recurrent layer and its other activations are replaced with."""
+
+    gate: str | type[nn.Module]
+    activation: str | type[nn.Module]
+
+
+Choice = New | GateSpecs  # what replaces a site
 
 # The reasons of Policy.reason_to_stay, and of keep_last, with what lets such a site be replaced.
 REMEDIES = {
@@ -35,7 +46,7 @@ REMEDIES = {
     "kept": "a smaller keep_last",
     "excluded": "another include or exclude",
     "other function": "a mapping from their names, or another to",
-    "recurrent": "nothing: torch's recurrent layers are left",
+    "recurrent": "a noisy name, gates=True, or a mapping from sigmoid or tanh; of torch's own layers alone",
 }
 
 # Selects sites: a name pattern, a module class, a predicate, or several of them.
@@ -118,12 +129,12 @@ class Policy:
         """Fingerprint of ``to``."""
         return fingerprint(self.to)
 
-    def chosen(self, model: nn.Module, sites: ActivationSites, later: Collection[str] = ()) -> dict[str, New | None]:
+    def chosen(self, model: nn.Module, sites: ActivationSites, later: Collection[str] = ()) -> dict[str, Choice | None]:
         """The replacements of the chosen sites, by site name; None if an equal policy has replaced the site already.
 
         Sites replaced by a policy whose ``call`` is in ``later`` are skipped.
         """
-        chosen: dict[str, New | None] = {}
+        chosen: dict[str, Choice | None] = {}
         for site in sites:
             origin = _origin(model, site)
             if origin is not None and origin.call in later:
@@ -143,35 +154,56 @@ class Policy:
                 del chosen[site.name]
         return chosen
 
-    def keeps(self, model: nn.Module, site: ActivationSite, new: New | None) -> bool:
+    def keeps(self, model: nn.Module, site: ActivationSite, new: Choice | None) -> bool:
         """Whether a site keeps its module, trained as it is, since it comes from ``new`` or the same ``to``."""
         origin = _origin(model, site)
         return new is None or (origin is not None and (origin.to == self.of_to or origin.new == fingerprint(new)))
 
-    def choose(self, site: ActivationSite) -> New | None:
+    def choose(self, site: ActivationSite) -> Choice | None:
         """What the site is replaced with, or None if it stays."""
         return self._named(site) if not self.reason_to_stay(site) else None
 
     def reason_to_stay(self, site: ActivationSite) -> str:
         """Why a site is not replaced, in one or two words; empty if it is."""
         role = site.role
-        if role in ("recurrent", "unused") or (role in ("unknown", "output", "formula") and not self.outputs):
+        if role == "recurrent":
+            return "" if self._named(site) is not None and not self._excludes(site) else role
+        if role == "unused" or (role in ("unknown", "output", "formula") and not self.outputs):
             return role
         if role == "gate" and not (self.gates or isinstance(self.to, Mapping)):
             return role
         if site.after_residual and role not in ("gate", "formula") and not self.after_residual:
             return "after a residual addition"
-        included = self.include is None or _matches(site, self.include)
-        if not included or (self.exclude is not None and _matches(site, self.exclude)):
+        if self._excludes(site):
             return "excluded"
         return "" if self._named(site) is not None else "other function"
 
-    def _named(self, site: ActivationSite) -> New | None:
+    def _excludes(self, site: ActivationSite) -> bool:
+        included = self.include is None or _matches(site, self.include)
+        return not included or (self.exclude is not None and _matches(site, self.exclude))
+
+    def _named(self, site: ActivationSite) -> Choice | None:
         """What the function is replaced with, wherever it is."""
+        if site.kind == "recurrent":
+            return self._of_gates(site)
         if isinstance(self.to, Mapping):
             return self.to.get(site.function)
         noisy = isinstance(self.to, str) and registry.parse(self.to)[0] in registry.NOISY
         return None if noisy and site.function not in registry.SATURATING else self.to
+
+    def _of_gates(self, site: ActivationSite) -> Choice | None:
+        """What the gates of a recurrent layer are replaced with: noisy activations are made for them."""
+        if site.module is None or not has_drop_in(site.module):
+            return None
+        if isinstance(self.to, Mapping):
+            has_gates = not isinstance(site.module, (nn.RNN, nn.RNNCell))
+            names = ("sigmoid" if has_gates else site.function), site.function
+            specs = [self.to.get(name, name) for name in names]
+            usable = all(isinstance(each, str) or inspect.isclass(each) for each in specs)
+            return GateSpecs(*specs) if usable and any(name in self.to for name in names) else None  # type: ignore[arg-type]
+        if isinstance(self.to, str):
+            return self.to if self.gates or registry.parse(self.to)[0] in registry.NOISY else None
+        return cast(type[nn.Module], self.to) if self.gates and inspect.isclass(self.to) else None
 
     def unmatched(self, sites: ActivationSites) -> Iterator[str]:
         """A message for each name pattern that matches no site."""

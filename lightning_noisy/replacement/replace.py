@@ -18,11 +18,12 @@ from lightning_noisy._torch_internals import HOOKS, LOAD_HOOKS, uncompiled
 from lightning_noisy.nn import registry
 from lightning_noisy.nn.noisy import NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
+from lightning_noisy.nn.recurrent_cells import with_gates
 from lightning_noisy.replacement.batch_norm import buffer, strip
 from lightning_noisy.replacement.install import place
 from lightning_noisy.replacement.late_swap import watch
 from lightning_noisy.replacement.origin import Origin, fingerprint, written
-from lightning_noisy.replacement.policy import New, Policy, Replacement, Rule
+from lightning_noisy.replacement.policy import Choice, GateSpecs, Policy, Replacement, Rule
 from lightning_noisy.replacement.recognition import Also
 from lightning_noisy.replacement.record import Record
 from lightning_noisy.replacement.report import joined, say, summary, warn_unchanged
@@ -66,8 +67,10 @@ def replace_activations(
 
     Which sites are replaced is decided by their :attr:`ActivationSite.role`: hidden activations are; gates only with
     ``gates=True`` or if a mapping names their function; outputs, parts of a loss or of a formula, and those of unknown
-    role only with ``outputs=True``. Unused and recurrent ones are skipped. Noisy names skip functions that don't
-    saturate. One line, by ``logging``, says how many were replaced, and why the others were not.
+    role only with ``outputs=True``. Unused ones are skipped. Noisy names skip functions that don't saturate. A
+    recurrent layer of torch becomes a :class:`~lightning_noisy.nn.NoisyLSTM` or its like, with the same parameters, by
+    a noisy name (those are made for gates), by a mapping that names the sigmoid or tanh, or with ``gates=True``. One
+    line, by ``logging``, says how many were replaced, and why the others were not.
 
     Args:
         model: the model, not yet scripted, sharded or wrapped for data parallelism. If it is compiled, the module
@@ -276,7 +279,7 @@ def _check_replaceable(model: object) -> None:
 
 
 def _make(
-    site: ActivationSite, new: New, model: nn.Module, first_replacements: dict[nn.Module, nn.Module]
+    site: ActivationSite, new: Choice, model: nn.Module, first_replacements: dict[nn.Module, nn.Module]
 ) -> nn.Module:
     """The new module for a site, or the present one if it is the same already.
 
@@ -289,6 +292,8 @@ def _make(
     around = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
     neighbours = next((found for module in around if (found := list(module.parameters()))), [])
     module = _instantiate(site, new)
+    if site.kind == "recurrent":  # whose parameters it shares
+        neighbours = []
     inplace = bool(getattr(old, "inplace", False))
     if inplace and not hasattr(module, "inplace"):
         raise ValueError(
@@ -298,7 +303,8 @@ def _make(
     if module is not old and hasattr(module, "inplace"):
         module.inplace = inplace  # type: ignore[assignment]
     # Only a name or a class determines a module; two callables may differ in what no repr shows.
-    if module is old or ((isinstance(new, str) or inspect.isclass(new)) and _is_alike(module, old)):
+    named = isinstance(new, (str, GateSpecs)) or inspect.isclass(new)
+    if module is old or (named and _is_alike(module, old)):
         return old
     if neighbours:
         module.to(neighbours[0].device)
@@ -329,9 +335,12 @@ def _is_alike(module: nn.Module, old: nn.Module) -> bool:
     return type(module) is type(old) and repr(module) == repr(old)
 
 
-def _instantiate(site: ActivationSite, new: New) -> nn.Module:
-    name, options = registry.parse(new) if isinstance(new, str) else ("", {})
+def _instantiate(site: ActivationSite, new: Choice) -> nn.Module:
     assert site.module is not None
+    if site.kind == "recurrent":
+        gate, activation = new if isinstance(new, GateSpecs) else (new, new)
+        return with_gates(site.module, cast(Any, gate), cast(Any, activation))
+    name, options = registry.parse(new) if isinstance(new, str) else ("", {})
     if name == "normalized":
         # The function with the site's own options and parameters. A shallow copy: its ``inplace`` is reset below.
         function = site.module.function if isinstance(site.module, NormalizedActivation) else copy.copy(site.module)
@@ -357,7 +366,7 @@ def _instantiate(site: ActivationSite, new: New) -> nn.Module:
             ) from error
     hint = f"It is called with the site: write lambda site: ... instead of {new!r}."
     try:
-        made = new(site)
+        made = cast(Any, new)(site)
     except TypeError as error:
         raise TypeError(f"The replacement of {site.name!r} could not be made: {error}. {hint}") from error
     if not isinstance(made, nn.Module):
