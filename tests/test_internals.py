@@ -26,6 +26,7 @@ HOMES = {
     "gradient_noise/fsdp1.py": {"_handle", "_params", "_shard_param_infos"},
     "metrics/_pooled.py": {"_plot"},  # what torchmetrics' own guide to plots names
     "metrics/moments.py": {"_plot"},
+    "nn/recurrent.py": {"_flat_weights"},  # of torch's recurrent layers, which this extends
     "replacement/replace.py": {"_is_full_backward_hook"},
 }
 

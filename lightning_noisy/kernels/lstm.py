@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -86,20 +86,29 @@ def _step_of(like: Tensor) -> _Step:
 
 
 def _backward_step(
-    h: Tensor, c: Tensor, by_gates: Tensor, by_o: Tensor, by_g: Tensor, by_cell: Tensor, f: Tensor, z: Tensor
-) -> None:
-    """From the gradients of o φ(c') and c' those of the pre-activations, z, and of the cell state before, c."""
+    h: Tensor, c: Tensor, by_gates: Tensor, by_o: Tensor, by_g: Tensor, by_cell: Tensor, f: Tensor, z: Tensor,
+    of_h: Tensor | None = None, of_c: Tensor | None = None,
+) -> None:  # fmt: skip
+    """From the gradients of o φ(c') and c' those of the pre-activations, z, and of the cell state before, c.
+
+    ``of_h`` and ``of_c`` keep the two.
+    """
     hidden = c.shape[1]
     c.addcmul_(h, by_cell)
+    if of_h is not None and of_c is not None:
+        of_h.copy_(h)
+        of_c.copy_(c)
     torch.mul(c[:, None], by_gates, out=z[:, : 2 * hidden].view(-1, 2, hidden))
     torch.mul(h, by_o, out=z[:, 2 * hidden : 3 * hidden])
     torch.mul(c, by_g, out=z[:, 3 * hidden :])
     c *= f
 
 
-def _compiled_step(library: ctypes.CDLL, *tensors: Tensor) -> None:
-    _, c, *_, f, _ = tensors
-    library.lstm_backward_step(*(each.data_ptr() for each in tensors), f.stride(0), *c.shape)
+def _compiled_step(library: ctypes.CDLL, *tensors: Tensor | None) -> None:
+    pointers = [None if each is None else each.data_ptr() for each in tensors]
+    pointers += [None] * (10 - len(pointers))
+    c, f = cast(Tensor, tensors[1]), cast(Tensor, tensors[6])
+    library.lstm_backward_step(*pointers, f.stride(0), *c.shape)
 
 
 @cache
@@ -109,7 +118,7 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = compiled(Path(__file__).with_name("lstm.c"))
-        library.lstm_backward_step.argtypes = [*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 3]
+        library.lstm_backward_step.argtypes = [*[ctypes.c_void_p] * 10, *[ctypes.c_int64] * 3]
         library.lstm_backward_step.restype = None
     except (CompileError, AttributeError):
         return None
@@ -210,10 +219,7 @@ class _Sequence(torch.autograd.Function):
             else:
                 kept[2].copy_(h)
                 by_value = h @ weight_hr
-            if needs_more:
-                kept[0].copy_(by_value)
-                torch.addcmul(c, by_value, cell_now, out=kept[1])
-            step(by_value, c, gates_now, o_now, g_now, cell_now, f_now, z_now)
+            step(by_value, c, gates_now, o_now, g_now, cell_now, f_now, z_now, *kept[:2])
             torch.mm(z_now, weight_hh, out=h)
         of_weight = of_z.t() @ _before(h0, out, previous) if ctx.needs_input_grad[3] else None
         of_projection = None

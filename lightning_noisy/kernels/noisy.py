@@ -59,9 +59,9 @@ def output_noise(
     """The values, and the slopes by x.
 
     Args:
-        x: shape (rows, columns), float32; rows are contiguous.
-        noise: same shape, with contiguous rows.
-        p: shape (columns,), contiguous.
+        x: shape (rows, blocks * columns), float32; rows are contiguous.
+        noise: shape (blocks, rows, columns), float32; blocks are contiguous. Without noise there is one block.
+        p: shape (blocks * columns,), contiguous.
         c: the same.
         line: h and options.
         slope: gets the slopes; of the shape of x, contiguous.
@@ -101,7 +101,8 @@ def _run(
     tensors = (x, noise, p, c, gradient, value, slope, by_p)
     library.output_noise(
         *(None if each is None else each.data_ptr() for each in tensors),
-        *x.shape,
+        len(x),
+        *((1, x.shape[1]) if noise is None else (len(noise), noise.shape[2])),
         x.stride(0),
         0 if noise is None else noise.stride(0),
         _numbers(line),
@@ -123,7 +124,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         library = compiled(Path(__file__).with_name("noisy.c"))
         library.output_noise.argtypes = [
-            *[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 4, ctypes.c_void_p, *[ctypes.c_int] * 2,
+            *[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 5, ctypes.c_void_p, *[ctypes.c_int] * 2,
         ]  # fmt: skip
         library.output_noise.restype = None
     except (CompileError, AttributeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FrameType
@@ -14,19 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lightning_noisy._torch_internals import (
-    BatchNorm,
-    is_recomputing,
-    is_transforming,
-    strip_wrappers,
-    without_overrides,
-)
-from lightning_noisy.functional.units import unit_dim_of
+from lightning_noisy._torch_internals import strip_wrappers, without_overrides
 from lightning_noisy.monitoring.call_watch import CallPlaces, FunctionCalls, RunEagerly, is_in_place
+from lightning_noisy.monitoring.calls import Hook, clipped, full_precision, is_repeated, local, unit_dim_at
 from lightning_noisy.monitoring.classes import ClassWatch
 from lightning_noisy.monitoring.measure import Measured, Sums
 from lightning_noisy.monitoring.recurrent import gate_names, gates
@@ -41,8 +33,6 @@ from lightning_noisy.replacement.sites import ActivationSite, activation_sites
 
 __all__ = ["ActivationRecorder"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNEL_NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _Place = tuple[int, str]  # the id of an owner, and a key within it
 
 
@@ -133,7 +123,7 @@ class ActivationRecorder:
         place = id(owner), site.place
         number = len(self.sites)
         self.sites.append(replace(site, name=strip_wrappers(site.name)))  # the same name whatever is compiled
-        self._unit_dims.append(_unit_dim(self._model, site))
+        self._unit_dims.append(unit_dim_at(self._model, site))
         if site.module is not None and site.module in here:
             if self._modules.setdefault(place, site.module) is not site.module:  # each pass has a module of its own
                 place = id(owner), site.key
@@ -181,19 +171,19 @@ class ActivationRecorder:
         self._turns, self._pending, self._current = {}, {}, {}
         for module in self._of_module:
             if type(module).__module__ != nn.ReLU.__module__ or getattr(module, "inplace", False):
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._before_module), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(_Hook(self._after_module)))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._before_module), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._after_module)))
             else:  # its input is still there after the call
-                self._handles.append(module.register_forward_hook(_Hook(self._around_module), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._around_module), with_kwargs=True))
         for module in self._gates:
             if isinstance(module, NoisyRecurrent):
-                module.observers = (*module.observers, _Hook(partial(self._observe, module)))
+                module.observers = (*module.observers, Hook(partial(self._observe, module)))
             elif not isinstance(module, NoisyCell):
-                self._handles.append(module.register_forward_hook(_Hook(self._after_recurrent), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._after_recurrent), with_kwargs=True))
         for numbers in self._passes:
             for number in numbers:
                 layer = self.sites[number].seen.layer
-                follow = _Hook(partial(self._follow, numbers[0], number))
+                follow = Hook(partial(self._follow, numbers[0], number))
                 if layer is None:
                     self._handles.append(self._model.register_forward_pre_hook(follow))
                 else:
@@ -210,7 +200,9 @@ class ActivationRecorder:
         self._pending.clear()
         for module in self._gates:
             if isinstance(module, NoisyRecurrent):
-                module.observers = tuple(each for each in module.observers if not _is_of(each, self))
+                module.observers = tuple(
+                    each for each in module.observers if not (isinstance(each, Hook) and each.calls(self))
+                )
         if self._is_attached:
             self._is_attached = False
             RunEagerly.stop()
@@ -258,7 +250,7 @@ class ActivationRecorder:
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: measure the input of a module."""
-        if _is_repeated():
+        if is_repeated():
             return
         places = self._of_module[module]
         place = places[0] if len(places) == 1 else self._place_of_shared(module, places, inspect.currentframe())
@@ -297,7 +289,7 @@ class ActivationRecorder:
 
     def _observe(self, layer: nn.Module, name: str, gate: nn.Module, h: Tensor, y: Tensor) -> None:
         """Measure a gate of a recurrent layer, all steps of a call."""
-        if not _is_repeated():
+        if not is_repeated():
             finish = self._start(self._gates[layer][name], [h], partial(_itself, gate))
             if finish is not None:
                 finish(y)
@@ -305,7 +297,7 @@ class ActivationRecorder:
     def _after_recurrent(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: measure the gates of a recurrent layer."""
         numbers = self._gates[module]
-        if _is_repeated() or next(iter(numbers.values())) in self._failed:
+        if is_repeated() or next(iter(numbers.values())) in self._failed:
             return
         try:
             with without_overrides(), torch.no_grad():
@@ -321,7 +313,7 @@ class ActivationRecorder:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType | None
     ) -> Callable[[Any], None] | None:
         """Measure the input of a function that is called."""
-        if _is_repeated():
+        if is_repeated():
             return None
         name = (FUNCTIONS.get(function) or METHODS[function.__name__])[0]
         place = self._calls.find(caller, name, is_module=False)
@@ -365,17 +357,17 @@ class ActivationRecorder:
             with torch.no_grad(), without_overrides():
                 if len(values) != 1:
                     raise ValueError(f"it has {len(values)} inputs")
-                h = _local(values[0])
+                h = local(values[0])
                 if h.numel() == 0:
                     return None
-                unit_dim = _clipped(self._unit_dims[number], h.dim())
+                unit_dim = clipped(self._unit_dims[number], h.dim())
                 key, elementwise = function()
                 measured = self._measured.get(key)
                 if measured is None:
                     measured = Measured(elementwise, threshold=self._threshold, wanted=self._wanted)
                     if len(self._measured) < 10_000:  # options may differ in every call
                         self._measured[key] = measured
-                with _full_precision(h):
+                with full_precision(h):
                     sums = measured.before(h, unit_dim)
                     if self.histograms is not None:
                         self.histograms[number] += histogram(h, self._edges)
@@ -391,10 +383,10 @@ class ActivationRecorder:
         """Measure an output, and add the call."""
         try:
             with without_overrides():
-                y = _local(output)
+                y = local(output)
                 if y.shape != shape:
                     raise ValueError(f"its output has the shape {tuple(y.shape)}, its input {tuple(shape)}")
-                with _full_precision(y):
+                with full_precision(y):
                     measured.after(y, sums, unit_dim)
                 self.sums.add(number, sums, sums.alive, sums.levels)
                 if self._classes is not None and self.sites[number].role in ("hidden", "residual"):
@@ -407,8 +399,8 @@ class ActivationRecorder:
 
     @torch.no_grad()
     def _add_gradient(self, number: int, gradient: Tensor) -> None:
-        local = _local(gradient).double()
-        self.sums.add(number, {"graded": float(local.numel()), "gradients": local.square().sum()})
+        own = local(gradient).double()
+        self.sums.add(number, {"graded": float(own.numel()), "gradients": own.square().sum()})
 
     def _leave_out(self, number: int, error: Exception) -> None:
         self._failed.add(number)
@@ -416,65 +408,5 @@ class ActivationRecorder:
         warnings.warn(f"The activation {name!r} can't be measured, and is left out: {error}", stacklevel=2)
 
 
-class _Hook:
-    """A hook that copies of the model don't have: a model may be copied or saved in the middle of a batch."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (_nothing,)
-
-
-def _is_of(hook: object, recorder: ActivationRecorder) -> bool:
-    """Whether a hook calls a recorder."""
-    function = getattr(hook, "_function", None)
-    return getattr(getattr(function, "func", function), "__self__", None) is recorder
-
-
 def _itself(function: Callable[[Tensor], Tensor]) -> tuple[Any, Callable[[Tensor], Tensor]]:
     return function, function
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
-def _is_repeated() -> bool:
-    """Whether this is no call of its own: a recomputation, a trace, or a part of a transform."""
-    return is_recomputing() or torch.compiler.is_compiling() or is_transforming() or torch.jit.is_tracing()
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _local(x: Any) -> Tensor:
-    """This rank's part of an activation, detached."""
-    if isinstance(x, DTensor):
-        if any(isinstance(each, Partial) for each in x.placements):
-            raise ValueError("it is a sum that is still spread over ranks")
-        x = x.to_local()
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"it isn't a floating-point tensor but {type(x).__name__}")
-    x = x.detach()
-    return x.view(1) if x.dim() == 0 else x  # type: ignore[no-any-return]
-
-
-def _unit_dim(model: nn.Module, site: ActivationSite) -> int | None:
-    """The dimension of the units, as the layer before says; None if none does."""
-    names = [*site.seen.feeders, site.batch_norm, site.seen.layer]
-    for layer in (model.get_submodule(name) for name in names if name is not None):
-        if isinstance(layer, (*_CONVOLUTIONS, *_CHANNEL_NORMS, BatchNorm)):
-            return 1
-        if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.RMSNorm)):
-            return -1
-    return None
-
-
-def _clipped(unit_dim: int | None, dims: int) -> int:
-    return unit_dim_of(dims, unit_dim if unit_dim is None or unit_dim < dims else None)

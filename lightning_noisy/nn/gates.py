@@ -77,14 +77,16 @@ class _Noisy(Side):
         self._wide = torch.promote_types(like.dtype, torch.float32)
         self.tensors = tuple(each.p for each in modules if each.p is not None)
         self._c = torch.cat([each.c.to(like.device).expand(hidden) for each in modules])
-        self._noise: Tensor | None = None
+        self._noise: Tensor | None = None  # shape (gates, rows, hidden)
         if self._first.training:
-            grid = torch.empty(len(sizes), sizes[0], hidden, dtype=self._wide, device=like.device)
-            noise = [each.draw(grid) for each in modules]
-            if sizes[-1] != sizes[0]:  # a number belongs to a sequence and a time, however long the others are
-                noise = [torch.cat([part[:size] for part, size in zip(each, sizes, strict=True)]) for each in noise]
-            self._noise = torch.cat([each.view(-1, hidden) for each in noise], 1) if len(noise) > 1 else noise[0]
-            self._noise = self._noise.view(-1, hidden * len(modules))
+            shape = len(modules), len(sizes), sizes[0], hidden
+            noise = torch.empty(shape, dtype=self._wide, device=like.device)
+            for of_gate, module in zip(noise, modules, strict=True):
+                module.draw_into(of_gate)
+            if sizes[-1] == sizes[0]:
+                self._noise = noise.flatten(1, 2)
+            else:  # a number belongs to a sequence and a time, however long the others are
+                self._noise = torch.cat([noise[:, time, :size] for time, size in enumerate(sizes)], 1)
         self._line = _line(self._first) if kernel.takes(like) else None
 
     def prepare(self, *tensors: Tensor) -> Tensor | None:
@@ -92,14 +94,17 @@ class _Noisy(Side):
 
     def value(self, x: Tensor, rows: slice, prepared: Tensor | None) -> Tensor:
         if self._line is not None and prepared is not None:
-            noise = None if self._noise is None else self._noise[rows]
+            noise = None if self._noise is None else self._noise[:, rows]
             if torch.is_grad_enabled():
                 return cast(Tensor, _OutputNoise.apply(x, prepared, noise, self._c, self._line))
             return kernel.output_noise(x, noise, prepared, self._c, self._line)
         wide = x.to(self._wide)
         if self._noise is None:
             return self._first.expected(wide, prepared, self._c).to(x.dtype)
-        return self._first.noisy(wide, self._noise[rows], prepared, self._c).to(x.dtype)
+        epsilon = self._noise[:, rows].transpose(0, 1).reshape(x.shape)
+        if self._first.noise == "half-normal":
+            epsilon = epsilon.abs()
+        return self._first.noisy(wide, epsilon, prepared, self._c).to(x.dtype)
 
     def linearized(self, x: Tensor, tensors: Sequence[Tensor]) -> Linearized:
         line, noise = self._line, self._noise
@@ -144,7 +149,7 @@ def _line(module: NoisyActivation) -> kernel.Line | None:
     if not isinstance(module, (NAH, NAN)) or line.slope is None or line.slope <= 0:
         return None
     if module.training:
-        return kernel.Line(line.slope, line.offset, *line.bounds, module.alpha)
+        return kernel.Line(line.slope, line.offset, *line.bounds, module.alpha, half=module.noise == "half-normal")
     # The mean of |ξ|; that of ξ is 0.
     level = math.sqrt(2 / math.pi) if module.noise == "half-normal" else 0.0
     return kernel.Line(line.slope, line.offset, *line.bounds, module.alpha, level)

@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy._torch_internals import is_recomputing, metadata_of, recomputing
+from lightning_noisy._torch_internals import is_recomputing, is_transforming, metadata_of, recomputing
 from lightning_noisy.functional import noisy
 from lightning_noisy.functional.noisy import HARD, HardFunction
 from lightning_noisy.kernels import fused
-from lightning_noisy.kernels.gaussian import gaussian_like
+from lightning_noisy.kernels.gaussian import draw_, gaussian_like
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
 
@@ -109,11 +109,15 @@ class NoisyActivation(nn.Module):
 
     def _train(self, x: Tensor) -> Tensor:
         """The output with noise."""
-        return self.noisy(x, self.draw(x), self._p(x), self.c)
+        return self.noisy(x, self._draw(x, *self._next_key()), self._p(x), self.c)
 
-    def draw(self, like: Tensor) -> Tensor:
-        """ε or ξ for each element of a tensor; the next call draws other numbers."""
-        return self._draw(like, *self._next_key())
+    def draw_into(self, out: Tensor) -> None:
+        """Write a ξ for each element of a contiguous tensor, whose size ε is; the next pass has others."""
+        first, second = self._next_key()
+        if out.device.type == "cpu" and out.dtype == torch.float32 and not is_transforming():
+            draw_(out.view(-1), (int(first), second))
+        else:
+            out.copy_(gaussian_like(out, first, second))
 
     def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         """The output for noise ``epsilon``, with p (None if it isn't learned) and c that are broadcastable to x."""

@@ -171,8 +171,9 @@ _DROP_INS: dict[type[nn.Module], Any] = {
 def has_drop_in(module: nn.Module) -> bool:
     """Whether :func:`with_gates` takes a module: a layer or cell of torch or of this package, with its own weights."""
     known = type(module) in (*_DROP_INS, *_DROP_INS.values())
-    weights = getattr(module, "_flat_weights_names", ("weight_ih", "weight_hh"))
-    return known and all(name in module._parameters for name in weights)  # else they are computed, as by weight_norm
+    weights = [name for name in dir(module) if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
+    own = dict(module.named_parameters(recurse=False))  # others are computed, as by weight_norm
+    return known and all(name in own for name in weights)
 
 
 def with_gates(old: nn.Module, gate: Spec, activation: Spec) -> nn.Module:

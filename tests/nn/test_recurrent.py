@@ -367,6 +367,26 @@ def test_noise_is_new_at_each_step_and_call_and_repeats_in_a_copy(kind):
     assert torch.equal(layer.eval()(x)[0], layer(x)[0])
 
 
+def test_noise_goes_on_after_a_resume():
+    torch.manual_seed(0)
+    layer, x = NoisyLSTM(4, 5, gate="nani(c=0.5)", activation="nani(c=0.5)"), normal(6, 3, 4, dtype=torch.float32)
+    layer(x)
+    resumed = NoisyLSTM(4, 5, gate="nani(c=0.5)", activation="nani(c=0.5)")
+    resumed.load_state_dict(layer.state_dict())
+    assert torch.equal(resumed(x)[0], layer(x)[0])
+
+
+def test_ranks_draw_noise_of_their_own(monkeypatch):
+    layer, x = NoisyGRU(4, 5, gate="nani(c=0.5)"), normal(6, 3, 4, dtype=torch.float32)
+    outputs = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        outputs.append(copy.deepcopy(layer)(x)[0])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_noise_belongs_to_a_sequence_and_a_time():
     """A packed sequence has the noise of a padded one, so that masks give the same."""
     torch.manual_seed(0)
