@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_noisy._torch_internals import tree_leaves, tree_map
 from lightning_noisy.monitoring.diagnosis import Findings, Site, Thresholds, diagnose
@@ -165,6 +166,7 @@ def signal_report(
         The report.
 
     Raises:
+        TypeError: if ``batch`` is a DataLoader.
         ValueError: if there is nothing to look at, or no scalar to differentiate: a LightningModule with manual
             optimization needs ``loss``.
 
@@ -173,6 +175,8 @@ def signal_report(
     >>> report.sites[0]["rho_prime_product"] < 1e-9
     True
     """
+    if isinstance(batch, DataLoader):
+        raise TypeError("batch must be one batch, got a DataLoader: pass next(iter(loader)).")
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, copy.deepcopy(batch))
     with ExitStack() as stack:
@@ -222,7 +226,11 @@ def _pass(twin: nn.Module, batch: Any, loss: Callable[..., Tensor] | None) -> Ca
         if loss is not None:
             is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
             inputs, target = (batch[0], [batch[1]]) if is_pair else (batch, [])
-            return loss(call(twin, inputs), *target)
+            try:
+                output = call(twin, inputs)
+            except NotImplementedError as error:  # of a LightningModule that has a training_step alone
+                raise ValueError(f"{error}. Leave out loss, if training_step computes it.") from error
+            return loss(output, *target)
         try:
             output = call(twin, tuple(batch) if isinstance(batch, list) else batch)
         except TypeError as error:

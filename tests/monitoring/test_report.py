@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import Net, all_equal, batches
+from helpers import Net, all_equal, batches, loader
 from torch import nn
 from torch.nn import functional as F
 
@@ -206,3 +206,10 @@ def test_report_says_what_loss_it_needs(change, message):
 def test_report_of_a_pair_without_a_loss_asks_for_one():
     with pytest.raises(ValueError, match=r"If the batch has targets, pass a loss"):
         signal_report(stack(1, nn.ReLU, nn.init.kaiming_normal_), (normal(5, 64), torch.zeros(5)))
+
+
+def test_report_says_what_to_pass_instead():
+    with pytest.raises(ValueError, match="Leave out loss"):
+        signal_report(Net(), (torch.randn(4, 8), torch.zeros(4, dtype=torch.long)), nn.functional.cross_entropy)
+    with pytest.raises(TypeError, match=r"next\(iter\(loader\)\)"):
+        signal_report(Net(), loader([(torch.randn(4, 8), torch.zeros(4, dtype=torch.long))]))
