@@ -28,6 +28,7 @@ __all__ = [
     "add_each",
     "amp_state",
     "first_index",
+    "has_hooks",
     "has_step_hooks",
     "has_values",
     "is_recomputing",
@@ -68,6 +69,11 @@ _WRAPPED = re.compile(rf"(?:^|\.)(?:{'|'.join(WRAPPERS)})(?=[.:]|$)")  # a colon
 def strip_wrappers(name: str) -> str:
     """The name of a parameter or module without the parts that module wrappers add."""
     return _WRAPPED.sub("", name).removeprefix(".")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks on its calls."""
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def is_transforming() -> bool:

@@ -202,11 +202,11 @@ class _Sequence(torch.autograd.Function):
         of_o, of_g, of_cell = values * slope[0][:, 2 * hidden :], i * slope[1], o * slope[2]
         of_z = torch.empty_like(z)
         needs_more = any(ctx.needs_input_grad[10:])
-        of_values = torch.empty_like(c_all if needs_more else c_all[:0])  # gradients of o φ(c'), and of c'
-        of_cells = torch.empty_like(of_values)
-        of_projected = torch.empty_like(out if weight_hr is not None else out[:0])
+        of_values = torch.empty_like(c_all) if needs_more else None  # gradients of o φ(c'), and of c'
+        of_cells = torch.empty_like(c_all) if needs_more else None
+        of_projected = torch.empty_like(out) if weight_hr is not None else None
         names = of_out, of_gates, of_o, of_g, of_cell, of_z, f, of_values, of_cells, of_projected
-        parts: list[Any] = [each.split(sizes) if len(each) else [None] * len(sizes) for each in names]
+        parts: list[Any] = [[None] * len(sizes) if each is None else each.split(sizes) for each in names]
         all_h, all_c = of_h.clone(), of_c.clone()
         step = _step_of(z)
         times = range(len(sizes))
@@ -224,9 +224,10 @@ class _Sequence(torch.autograd.Function):
         of_weight = of_z.t() @ _before(h0, out, previous) if ctx.needs_input_grad[3] else None
         of_projection = None
         if weight_hr is not None and ctx.needs_input_grad[4]:
-            of_projection = of_projected.t() @ (o * values)
+            of_projection = cast(Tensor, of_projected).t() @ (o * values)
         of_tensors: list[Tensor | None] = [None] * len(tensors)
         if needs_more:
+            of_values, of_cells = cast(Tensor, of_values), cast(Tensor, of_cells)
             of_y = torch.cat([of_cells * g, of_cells * c_before, of_values * values], 1), of_cells * i, of_values * o
             of_tensors = [each for make, gradient in zip(more, of_y, strict=True) for each in make(gradient)]
         return of_z, all_h, all_c, of_weight, of_projection, *[None] * 5, *of_tensors

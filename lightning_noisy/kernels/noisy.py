@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_noisy._torch_internals import is_transforming
 from lightning_noisy.kernels.build import CompileError, compiled
 
 __all__ = ["Line", "derivative_by_p", "output_noise", "takes"]
@@ -48,7 +49,7 @@ def takes(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transforming())
         and _load() is not None
     )
 

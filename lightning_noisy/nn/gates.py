@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_noisy._torch_internals import is_recomputing
+from lightning_noisy._torch_internals import has_hooks, is_recomputing
 from lightning_noisy.functional.normalized import normalize_output
 from lightning_noisy.kernels import noisy as kernel
 from lightning_noisy.kernels.lstm import Gates, Linearized, linearized
@@ -72,7 +72,9 @@ class _Plain(Side):
 class _Noisy(Side):
     """Noisy gates with the same options, but parameters p, scales c and streams of noise of their own."""
 
-    def __init__(self, modules: Sequence[NoisyActivation], hidden: int, sizes: Sequence[int], like: Tensor) -> None:
+    def __init__(
+        self, modules: Sequence[NoisyActivation], hidden: int, sizes: Sequence[int], like: Tensor, order: Tensor | None
+    ) -> None:
         self._first, self._hidden = modules[0], hidden
         self._wide = torch.promote_types(like.dtype, torch.float32)
         self.tensors = tuple(each.p for each in modules if each.p is not None)
@@ -83,6 +85,8 @@ class _Noisy(Side):
             noise = torch.empty(shape, dtype=self._wide, device=like.device)
             for of_gate, module in zip(noise, modules, strict=True):
                 module.draw_into(of_gate)
+            if order is not None:
+                noise = noise[:, :, order]
             if sizes[-1] == sizes[0]:
                 self._noise = noise.flatten(1, 2)
             else:  # a number belongs to a sequence and a time, however long the others are
@@ -162,12 +166,13 @@ class _Normalized(Side):
         self._modules, self._hidden = modules, hidden
         self._function = modules[0].function
         # A recomputation by activation checkpointing comes after the statistics have followed.
-        again = is_recomputing()
+        again = is_recomputing() and modules[0].training
         used = [(again and each.__dict__.get(_USED)) or _statistics(each) for each in modules]
         self._shift = torch.cat([shift.expand(hidden) for shift, *_ in used])
         self._gains = [(rho, rho_prime) for _, rho, rho_prime in used]
         for module, each in zip(modules, used, strict=True):
-            module.__dict__[_USED] = each
+            if module.training:
+                module.__dict__[_USED] = each
         self.is_pure = not isinstance(self._function, nn.Module) or not any(True for _ in self._function.parameters())
         self.tensors = tuple(each.alpha for each in modules)
         self.follows = modules[0].training
@@ -275,7 +280,9 @@ class Watched(Side):
         return x, y
 
 
-def side_by_side(modules: Sequence[nn.Module], hidden: int, sizes: Sequence[int], like: Tensor) -> Side:
+def side_by_side(
+    modules: Sequence[nn.Module], hidden: int, sizes: Sequence[int], like: Tensor, order: Tensor | None = None
+) -> Side:
     """The gates of some modules, for one call.
 
     Args:
@@ -283,12 +290,15 @@ def side_by_side(modules: Sequence[nn.Module], hidden: int, sizes: Sequence[int]
         hidden: columns of each.
         sizes: number of sequences that have each step.
         like: has the dtype and the device of the pre-activations.
+        order: the numbers of the sequences, if they were sorted.
     """
     if len(modules) > 1 and not _are_alike(modules):
-        return _Several([side_by_side([each], hidden, sizes, like) for each in modules], hidden)
+        return _Several([side_by_side([each], hidden, sizes, like, order) for each in modules], hidden)
     first = modules[0]
+    if has_hooks(first):
+        return _Single(first)
     if isinstance(first, NoisyActivation):
-        return _Noisy(cast(Any, modules), hidden, sizes, like)
+        return _Noisy(cast(Any, modules), hidden, sizes, like, order)
     if isinstance(first, NormalizedActivation):
         return _Normalized(cast(Any, modules), hidden)
     if type(first) in PLAIN.values() and not any(True for _ in first.parameters()):
@@ -299,7 +309,7 @@ def side_by_side(modules: Sequence[nn.Module], hidden: int, sizes: Sequence[int]
 def _are_alike(modules: Sequence[nn.Module]) -> bool:
     """Whether the modules differ in nothing but tensors."""
     first = modules[0]
-    if any(type(each) is not type(first) or each.training != first.training for each in modules):
+    if any(has_hooks(each) or type(each) is not type(first) or each.training != first.training for each in modules):
         return False
     if isinstance(first, NoisyActivation):
         options = [(each.hard_function, each.noise, getattr(each, "alpha", None)) for each in cast(Any, modules)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_noisy._torch_internals import has_hooks, is_transforming
 from lightning_noisy.functional.recurrent import State, gru, last_rows, lstm, previous_rows, rnn
 from lightning_noisy.kernels.lstm import lstm_sequence
 from lightning_noisy.nn import registry
@@ -110,7 +111,7 @@ class NoisyRecurrent(nn.RNNBase):
     def _is_plain(self) -> bool:
         """Whether the gates are those of torch, and nobody looks at them."""
         return not self.observers and all(
-            type(module) is _PLAIN[function]
+            type(module) is _PLAIN[function] and not has_hooks(module)
             for name in self._directions()
             for module, (_, function) in zip(cast(Any, self._modules[name]).values(), self._gates, strict=True)
         )
@@ -138,7 +139,7 @@ class NoisyRecurrent(nn.RNNBase):
         self._check(x, states, batch_sizes, sizes[0])
         if hx is not None:
             states = tuple(_permuted(each, sorted_indices) for each in states)
-        x, last = self._all_layers(x, states, sizes)
+        x, last = self._all_layers(x, states, sizes, sorted_indices)
         last = tuple(_permuted(each, unsorted_indices) for each in last)
         if is_packed:
             return PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices), self._unpacked(last)
@@ -179,7 +180,7 @@ class NoisyRecurrent(nn.RNNBase):
         for each, size in zip(states, self._state_sizes(), strict=True):
             self.check_hidden_size(each, (rows, batch, size))
 
-    def _all_layers(self, x: Tensor, states: State, sizes: list[int]) -> tuple[Tensor, State]:
+    def _all_layers(self, x: Tensor, states: State, sizes: list[int], order: Tensor | None) -> tuple[Tensor, State]:
         """The output of the last layer, shape (rows, directions * features), and the last states of all."""
         ends = ("", "_reverse") if self.bidirectional else ("",)
         finals: list[State] = []
@@ -187,7 +188,7 @@ class NoisyRecurrent(nn.RNNBase):
             outputs = []
             for end in ends:
                 state = tuple(each[len(finals)] for each in states)
-                output, final = self._direction(f"l{layer}{end}", x, state, sizes, reverse=bool(end))
+                output, final = self._direction(f"l{layer}{end}", x, state, sizes, order, reverse=bool(end))
                 outputs.append(output)
                 finals.append(final)
             x = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
@@ -196,13 +197,13 @@ class NoisyRecurrent(nn.RNNBase):
         return x, tuple(torch.stack(each) for each in zip(*finals, strict=True))
 
     def _direction(
-        self, name: str, x: Tensor, state: State, sizes: list[int], *, reverse: bool
+        self, name: str, x: Tensor, state: State, sizes: list[int], order: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, State]:
         """One direction of a layer."""
         kinds = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
         weights: list[Any] = [getattr(self, f"{kind}_{name}", None) for kind in kinds]
         of_input, weight_hh, bias = self._of_input(x, *weights)
-        kind = x.device.type
+        kind = "cpu" if x.is_meta else x.device.type
         if torch.is_autocast_enabled(kind) and not self._is_cast(kind):
             of_input = of_input.to(weight_hh.dtype)
         dtype = of_input.dtype
@@ -210,7 +211,7 @@ class NoisyRecurrent(nn.RNNBase):
         gates = cast(nn.ModuleDict, self._modules[name])
         groups = [[gates[each] for each in names] for names in self._groups]
         with torch.autocast(kind, enabled=False):
-            sides: list[Side] = [side_by_side(each, self.hidden_size, sizes, of_input) for each in groups]
+            sides: list[Side] = [side_by_side(each, self.hidden_size, sizes, of_input, order) for each in groups]
             if self.observers or any(each.follows for each in sides):
                 sides = [Watched(each) for each in sides]
             projection = getattr(self, f"weight_hr_{name}", None)
@@ -318,7 +319,8 @@ class NoisyLSTM(NoisyRecurrent, nn.LSTM):
         self, of_input: Tensor, state: State, weight_hh: Tensor, bias_hh: Tensor | None, weight_hr: Tensor | None,
         sides: Sequence[Side], sizes: list[int], reverse: bool,
     ) -> tuple[Tensor, State]:  # fmt: skip
-        if all(each.is_pure for each in sides) and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transforming()
+        if all(each.is_pure for each in sides) and not traced:
             previous = None
             if reverse or sizes[-1] != sizes[0]:
                 previous = previous_rows(sizes, reverse=reverse).to(of_input.device)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_noisy.nn.recurrent import NoisyGRU, NoisyLSTM, NoisyRNN, Spec, create_gate
 
-__all__ = ["NoisyCell", "NoisyGRUCell", "NoisyLSTMCell", "NoisyRNNCell", "has_drop_in", "with_gates"]
+__all__ = ["NoisyCell", "NoisyGRUCell", "NoisyLSTMCell", "NoisyRNNCell", "has_drop_in", "take_weights", "with_gates"]
 
 
 class NoisyCell(nn.RNNCellBase):
@@ -128,8 +128,8 @@ class NoisyGRUCell(NoisyCell, nn.GRUCell):
         of_x, of_h = F.linear(x, self.weight_ih, self.bias_ih), F.linear(h, self.weight_hh, self.bias_hh)
         (r, u, n), (r_h, u_h, n_h) = of_x.chunk(3, 1), of_h.chunk(3, 1)
         new: Tensor = self.new(torch.addcmul(n, self.reset_gate(r + r_h), n_h))
-        h = new.lerp(h, self.update_gate(u + u_h))
-        return h if input.dim() == 2 else h[0]
+        after: Tensor = new + self.update_gate(u + u_h) * (h - new)
+        return after if input.dim() == 2 else after[0]
 
 
 class NoisyRNNCell(NoisyCell, nn.RNNCell):
@@ -170,10 +170,20 @@ _DROP_INS: dict[type[nn.Module], Any] = {
 
 def has_drop_in(module: nn.Module) -> bool:
     """Whether :func:`with_gates` takes a module: a layer or cell of torch or of this package, with its own weights."""
-    known = type(module) in (*_DROP_INS, *_DROP_INS.values())
-    weights = [name for name in dir(module) if name.startswith(("weight_ih", "weight_hh", "weight_hr"))]
-    own = dict(module.named_parameters(recurse=False))  # others are computed, as by weight_norm
-    return known and all(name in own for name in weights)
+    if not any(isinstance(module, each) and type(module) in (each, _DROP_INS[each]) for each in _DROP_INS):
+        return False
+    weights = [name for name in dir(module) if name.startswith(("weight_", "bias_"))]
+    own = dict(module.named_parameters(recurse=False))  # others are computed, as by weight_norm and pruning
+    return all(name in own or getattr(module, name) is None for name in weights)
+
+
+def take_weights(module: nn.Module, other: nn.Module) -> None:
+    """Give a layer or cell the parameters and attributes of another one of its kind, which it shares."""
+    own = [name for name in vars(other) if not name.startswith("_") and name not in ("gate", "activation", "observers")]
+    for name, parameter in other.named_parameters(recurse=False):
+        setattr(module, name, parameter)
+    for name in own:
+        module.__dict__[name] = vars(other)[name]
 
 
 def with_gates(old: nn.Module, gate: Spec, activation: Spec) -> nn.Module:
@@ -201,8 +211,7 @@ def with_gates(old: nn.Module, gate: Spec, activation: Spec) -> nn.Module:
     with torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dropout with one layer, which the old one has said
         new = _DROP_INS[base](**options, **plain)
-    for name, parameter in old._parameters.items():
-        setattr(new, name, parameter)
+    take_weights(new, old)
     new.set_gates(gate, activation)
     for name, child in new.named_modules():
         if name and child is not new and not any(each.requires_grad for each in old.parameters(recurse=False)):

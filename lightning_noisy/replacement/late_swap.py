@@ -17,15 +17,18 @@ from lightning_noisy._torch_internals import has_step_hooks
 __all__ = ["watch"]
 
 
-def watch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Warn at the first step of an optimizer that was made before the model's new modules, and misses their parameters.
+def watch(model: nn.Module, before: set[nn.Parameter]) -> None:
+    """Warn at the first step of an optimizer that was made before the replacement, and misses the new parameters.
 
     An optimizer that is made later is not checked: it has the parameters that its user chose.
+
+    Args:
+        model: after the replacement.
+        before: its parameters before.
     """
-    new = {parameter for module in modules for parameter in module.parameters()}
+    new = set(model.parameters()) - before
     if not new:
         return
-    before = set(model.parameters()) - new
     look = _Look(model, new)
     for optimizer in _optimizers():
         # A wrapper without hooks is passed over: the optimizer inside has them.
@@ -38,15 +41,17 @@ class _Look:
 
     def __init__(self, model: nn.Module, new: Iterable[nn.Parameter]) -> None:
         self.model = weakref.ref(model)
-        self.new = weakref.WeakSet(new)
+        self.new = [weakref.ref(each) for each in new]  # no WeakSet, which compares tensors by their elements
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         model = self.model()
-        used = [] if torch.compiler.is_compiling() or model is None else [p for p in self.new if p.grad is not None]
-        if model is None or not used:
+        if torch.compiler.is_compiling() or model is None:
             return
-        untrained = set(used) - _trained(_optimizers())
-        self.new.difference_update(used)
+        used = {each for ref in self.new if (each := ref()) is not None and each.grad is not None}
+        if not used:
+            return
+        untrained = used - _trained(_optimizers())
+        self.new = [ref for ref in self.new if ref() is not None and ref() not in used]
         names = [name for name, each in model.named_parameters() if each in untrained]
         if not names or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             return

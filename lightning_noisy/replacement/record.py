@@ -14,6 +14,8 @@ from torch import nn
 
 from lightning_noisy._torch_internals import BatchNorm, metadata_of, set_metadata, versions
 from lightning_noisy.nn.noisy import NoisyActivation
+from lightning_noisy.nn.recurrent import NoisyRecurrent
+from lightning_noisy.nn.recurrent_cells import NoisyCell, has_drop_in, take_weights
 from lightning_noisy.replacement.call_finder import NAME
 from lightning_noisy.replacement.call_redirect import CallSites, redirect_calls
 from lightning_noisy.replacement.origin import Origin, computes
@@ -157,6 +159,13 @@ class Record:
                 f"fold_normalization has put the normalization of {', '.join(folded)} into the weights of the next"
                 " layers, which no longer fit the earlier activations. Restore before folding, or fold a copy."
             )
+        for owner, key in self._modules:
+            present = model.get_submodule(owner)._modules.get(key)
+            if isinstance(present, (NoisyRecurrent, NoisyCell)) and not has_drop_in(present):
+                raise ValueError(
+                    f"The weights of {f'{owner}.{key}'.lstrip('.')} are computed since its gates were replaced, such as"
+                    " by a parametrization or by pruning. Remove that first."
+                )
         for module in sent:
             redirect_calls(module, [])
         for handle in self._hooks:
@@ -166,7 +175,9 @@ class Record:
             if isinstance(before, nn.Module):
                 present = within._modules[key]
                 values = [] if present is None else [*present.parameters(), *present.buffers()]
-                if (like := next((each for each in values if each.is_floating_point()), None)) is not None:
+                if isinstance(present, (NoisyRecurrent, NoisyCell)):
+                    take_weights(before, present)
+                elif (like := next((each for each in values if each.is_floating_point()), None)) is not None:
                     before.to(like.device, like.dtype)
                 if isinstance(present, BatchNorm) and isinstance(before, BatchNorm):  # a stripped one
                     before._buffers.update(present._buffers)

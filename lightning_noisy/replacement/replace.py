@@ -189,8 +189,9 @@ def swap(
         if site.name in there and (there[site.name] is not site.module or site.module not in registered)
     }
     if made:
+        before = set(inside.parameters())
         _put(inside, sites, made, policy)
-        watch(inside, made.values())
+        watch(inside, before)
         if policy.initialize:
             _initialize(inside, [site for site in sites if site.name in made])
     for site in sites:

@@ -492,3 +492,69 @@ def test_kernel_without_a_compiler_gives_the_same(monkeypatch):
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_unsorted_packed_sequences_have_the_noise_of_padded_ones(kind):
+    ours, _ = PAIRS[kind]
+    torch.manual_seed(0)
+    layer = ours(4, 5, activation="nani(c=1)", **_gate(kind, "nani(c=1)"))
+    other, lengths = copy.deepcopy(layer), torch.tensor([1, 6, 4])
+    x = normal(6, 3, 4, dtype=torch.float32)
+    padded = layer(x)[0]
+    packed, _ = pad_packed_sequence(other(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])
+    for sequence, length in enumerate(lengths):
+        torch.testing.assert_close(packed[:length, sequence], padded[:length, sequence])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_batch_of_none_passes(kind):
+    ours, _ = PAIRS[kind]
+    layer = ours(4, 5, activation="nah", **_gate(kind, "nah"))
+    output, _ = layer(torch.zeros(6, 0, 4))
+    output.sum().backward()
+    assert output.shape == (6, 0, 5)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_traces_and_transforms_in_evaluation_have_the_values_of_the_layer(kind):
+    ours, _ = PAIRS[kind]
+    layer = ours(4, 5, activation="nah", **_gate(kind, "nah")).eval()
+    x = 3 * normal(6, 3, 4, dtype=torch.float32)
+    expected = layer(x)[0]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x)[0], expected)
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(layer(leaf)[0].sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x)[0].sum())(x), wanted)
+    stacked = torch.stack([x, x / 2])
+    torch.testing.assert_close(torch.vmap(lambda x: layer(x)[0])(stacked)[0], expected)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_layers_on_meta_have_shapes(kind):
+    ours, _ = PAIRS[kind]
+    layer = ours(4, 5, 2, bidirectional=True, activation="nah", **_gate(kind, "nah"), device="meta")
+    assert layer(torch.zeros(6, 3, 4, device="meta"))[0].shape == (6, 3, 10)
+
+
+def test_cells_under_autocast_take_float32():
+    for cell in (NoisyLSTMCell(4, 5), NoisyGRUCell(4, 5), NoisyRNNCell(4, 5)):
+        with torch.autocast("cpu", torch.bfloat16):
+            flat(cell(normal(3, 4, dtype=torch.float32)))[0].float().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_gates_with_hooks_are_called_at_each_step(kind):
+    layer, expected = pair_of(kind)
+    layer.observers = ()
+    gate = next(iter(layer.gate_modules().values()))
+    calls = []
+    handle = gate.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(layer, expected, normal(7, 3, 4))
+    assert len(calls) == 7
+    handle.remove()
+    layer(normal(7, 3, 4))
+    assert len(calls) == 7

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import batches, loader, quiet_trainer
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_noisy import (
     ActivationMonitor,
@@ -179,3 +180,54 @@ def test_evaluation_exports():
     x = torch.randn(6, 2, 4)
     program = torch.export.export(model, (x,), strict=False)
     torch.testing.assert_close(program.module()(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_optimizer_made_before_the_swap_is_warned_of(is_alone):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4)} | ({} if is_alone else {"head": nn.Linear(4, 1)}))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    replace_activations(model, "nah")
+    output = model["lstm"](torch.randn(5, 2, 3))[0]
+    (output if is_alone else model["head"](output)).sum().backward()
+    with pytest.warns(UserWarning, match=r"SGD trains ModuleDict, but not lstm\.l0\.input_gate\.p"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_weights_and_options_that_changed_after_the_swap_are_kept_by_restoring():
+    model = made()
+    model.lstm.note = "mine"
+    replace_activations(model, "nah")
+    assert model.lstm.note == "mine"
+    new = {name: torch.full_like(each, 0.25) for name, each in model.state_dict().items() if "noise_state" not in name}
+    model.load_state_dict(new | {k: v for k, v in model.state_dict().items() if "noise_state" in k}, assign=True)
+    model.lstm.dropout = 0.7
+    restore_activations(model)
+    assert type(model.lstm) is nn.LSTM
+    assert (model.lstm.weight_hh_l1_reverse == 0.25).all()
+    assert model.lstm.dropout == 0.7
+    model.eval()(X)
+
+
+def test_models_on_meta_are_swapped_and_restored():
+    with torch.device("meta"):
+        model = Recurrent()
+    replace_activations(model, "nah")
+    model.to_empty(device="cpu")
+    restore_activations(model)
+    assert {each.device.type for each in model.parameters()} == {"cpu"}
+
+
+def test_pruned_layers_are_left_and_are_not_restored():
+    model = made()
+    prune.l1_unstructured(model.lstm, "bias_ih_l0", 0.5)
+    prune.l1_unstructured(model.cell, "bias_hh", 0.5)
+    replace_activations(model, "nah")
+    assert [type(each) for each in (model.lstm, model.cell, model.rnn)] == [nn.LSTM, nn.GRUCell, NoisyRNN]
+    prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.5)
+    with pytest.raises(ValueError, match="weights of rnn are computed"):
+        restore_activations(model)
+    prune.remove(model.rnn, "weight_hh_l0")
+    restore_activations(model)
+    model.eval()(X)
