@@ -3,8 +3,8 @@
     python examples/by_feature/noisy_gates.py [--steps 2000] [--seeds 3] [--out noisy_gates.png]
 
 A decision for each symbol, whether it is new, must be kept to the end. The sequences grow from 3 to 26 of 10 symbols
-while the network learns, as in section 5 of Gulcehre et al., "Noisy Activation Functions" (2016). Four kinds of gates:
-torch's, hard ones without noise, and NAN and NAH, whose noise is annealed from c = 30 to 0.5.
+while the network learns. Four kinds of gates: torch's, hard ones without noise, and NAN and NAH of Gulcehre et al.,
+"Noisy Activation Functions" (2016), whose noise is annealed from c = 30 to 0.5.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LSTM, GRU and RNN whose gates are modules: noisy, normalized, or any other activation.
 
-The first use of noisy activations (Gulcehre et al., "Noisy Activation Functions", 2016, section 5) are the gates of
-recurrent networks, which torch's kernels compute without asking.
+Noisy activations were made for the gates of recurrent networks (Gulcehre et al., "Noisy Activation Functions", 2016),
+which torch's kernels compute without asking.
 """
 
 from __future__ import annotations
