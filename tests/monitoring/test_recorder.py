@@ -413,7 +413,7 @@ def test_units_are_in_the_dimension_of_the_layer_before(layers, shape):
         if target is None:
             model = nn.Sequential(*layers, Shift(), nn.ReLU())
         else:
-            target.bias[[1, 2, 4]] = -50.0
+            target.bias.copy_(torch.tensor([1.0, -50, -50, 1, -50, 1]))  # whatever the random weights are
             model = nn.Sequential(*layers, nn.ReLU())
     assert record(model, normal(*shape))["dead_units"] == [0.5]
 
