@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["CompileError", "compiled"]
+__all__ = ["CompileError", "compiled", "compiled_function"]
 
 
 class CompileError(Exception):
@@ -57,6 +59,24 @@ def compiled(source: Path) -> ctypes.CDLL:
             return _load(library)
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # no compiler, no folder, no such flag, ...
         raise CompileError(f"{error} {getattr(error, 'stderr', None) or ''}".strip()) from error
+
+
+def compiled_function(source: str, name: str, argtypes: Sequence[Any]) -> Callable[..., None] | None:
+    """A function of a C file of this folder; None without a compiler, or if LIGHTNING_NOISY_KERNEL is 0.
+
+    Args:
+        source: name of the file.
+        name: of the function, which returns nothing.
+        argtypes: types of its arguments, of ctypes.
+    """
+    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
+        return None
+    try:
+        function = getattr(compiled(Path(__file__).with_name(source)), name)
+    except (CompileError, AttributeError):
+        return None
+    function.argtypes, function.restype = [*argtypes], None
+    return function  # type: ignore[no-any-return]
 
 
 def _run(command: list[str]) -> None:

@@ -8,17 +8,15 @@ is ``lstm`` in ``functional.recurrent``, with the same arguments.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_noisy.kernels.build import CompileError, compiled
+from lightning_noisy.kernels.build import compiled_function
 
 __all__ = ["Gates", "Linearized", "linearized", "lstm_sequence"]
 
@@ -81,8 +79,8 @@ _Step = Callable[..., None]
 
 def _step_of(like: Tensor) -> _Step:
     """The elementwise part of a step of the backward pass: by the kernel, or by torch's operations."""
-    library = _load() if like.device.type == "cpu" and like.dtype == torch.float32 else None
-    return _backward_step if library is None else partial(_compiled_step, library)
+    function = _load() if like.device.type == "cpu" and like.dtype == torch.float32 else None
+    return _backward_step if function is None else partial(_compiled_step, function)
 
 
 def _backward_step(
@@ -104,25 +102,27 @@ def _backward_step(
     c *= f
 
 
-def _compiled_step(library: ctypes.CDLL, *tensors: Tensor | None) -> None:
+def _compiled_step(function: Callable[..., None], *tensors: Tensor | None) -> None:
     pointers = [None if each is None else each.data_ptr() for each in tensors]
     pointers += [None] * (10 - len(pointers))
     c, f = cast(Tensor, tensors[1]), cast(Tensor, tensors[6])
-    library.lstm_backward_step(*pointers, f.stride(0), *c.shape)
+    function(*pointers, f.stride(0), *c.shape)
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
-    """The compiled ``lstm.c``; None without a compiler, or if LIGHTNING_NOISY_KERNEL is 0."""
-    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
+def _load() -> Callable[..., None] | None:
+    """The function of ``lstm.c``, unless it isn't there or its numbers are wrong."""
+    function = compiled_function("lstm.c", "lstm_backward_step", [*[ctypes.c_void_p] * 10, *[ctypes.c_int64] * 3])
+    if function is None:
         return None
-    try:
-        library = compiled(Path(__file__).with_name("lstm.c"))
-        library.lstm_backward_step.argtypes = [*[ctypes.c_void_p] * 10, *[ctypes.c_int64] * 3]
-        library.lstm_backward_step.restype = None
-    except (CompileError, AttributeError):
-        return None
-    return library
+    numbers = torch.arange(1, 15, dtype=torch.float32, device="cpu").view(14, 1, 1).expand(14, 2, 3).contiguous()
+    h, c, o, g, cell, f = numbers[:6]
+    results = []
+    for step in (_backward_step, partial(_compiled_step, function)):
+        after, z, kept = c.clone(), numbers[:4].reshape(2, 12).clone(), numbers[:2].clone()
+        step(h, after, numbers[6:8].reshape(2, 2, 3), o, g, cell, f, z, *kept)
+        results.append(torch.cat([after.flatten(), z.flatten(), kept.flatten()]))
+    return function if torch.equal(*results) else None  # small integers, which are exact
 
 
 def _split(activations: Sequence[Gates], tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -176,7 +176,7 @@ class _Sequence(torch.autograd.Function):
             if not reverse:
                 start += size
         ctx.save_for_backward(z, c_all, out, h0, c0, weight_hh, weight_hr, previous, *tensors)
-        ctx.activations, ctx.sizes, ctx.reverse, ctx.last = activations, sizes, reverse, last
+        ctx.activations, ctx.sizes, ctx.reverse = activations, sizes, reverse
         if reverse:
             return out, out[: sizes[0]].clone(), c_all[: sizes[0]].clone()
         return out, out[last], c_all[last]

@@ -7,16 +7,15 @@ differ from the reference's in the last bits, also where there is no noise.
 from __future__ import annotations
 
 import ctypes
-import os
+from collections.abc import Callable
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_noisy._torch_internals import is_transforming
-from lightning_noisy.kernels.build import CompileError, compiled
+from lightning_noisy.kernels.build import compiled_function
 
 __all__ = ["Line", "derivative_by_p", "output_noise", "takes"]
 
@@ -95,12 +94,12 @@ def _run(
     value: Tensor | None = None,
     slope: Tensor | None = None,
     by_p: Tensor | None = None,
-    library: ctypes.CDLL | None = None,
+    function: Callable[..., None] | None = None,
 ) -> None:
-    library = library or _load()
-    assert library is not None
+    function = function or _load()
+    assert function is not None
     tensors = (x, noise, p, c, gradient, value, slope, by_p)
-    library.output_noise(
+    function(
         *(None if each is None else each.data_ptr() for each in tensors),
         len(x),
         *((1, x.shape[1]) if noise is None else (len(noise), noise.shape[2])),
@@ -118,20 +117,14 @@ def _numbers(line: Line) -> ctypes.Array[ctypes.c_float]:
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
-    """The compiled ``noisy.c``; None without a compiler, if LIGHTNING_NOISY_KERNEL is 0, or if it is wrong."""
-    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
-        return None
-    try:
-        library = compiled(Path(__file__).with_name("noisy.c"))
-        library.output_noise.argtypes = [
-            *[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 5, ctypes.c_void_p, *[ctypes.c_int] * 2,
-        ]  # fmt: skip
-        library.output_noise.restype = None
-    except (CompileError, AttributeError):
+def _load() -> Callable[..., None] | None:
+    """The function of ``noisy.c``, unless it isn't there or its numbers are wrong."""
+    types = [*[ctypes.c_void_p] * 8, *[ctypes.c_int64] * 5, ctypes.c_void_p, *[ctypes.c_int] * 2]
+    function = compiled_function("noisy.c", "output_noise", types)
+    if function is None:
         return None
     # Of x = 3, h = 1 and p = 1: 1.1 h - 0.1 u + c (1 / (1 + e²) - 1 / 2)² ε, and h at 0.5.
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
     x, one, value = torch.tensor([[3.0, 0.5]], **options), torch.ones(2, **options), torch.empty(1, 2, **options)
-    _run(x, None, one, one, Line(1, 0, -1, 1, 1.1, 2.0), value=value, library=library)
-    return library if torch.allclose(value, torch.tensor([[1.0900128, 0.5]], **options), atol=1e-5) else None
+    _run(x, None, one, one, Line(1, 0, -1, 1, 1.1, 2.0), value=value, function=function)
+    return function if torch.allclose(value, torch.tensor([[1.0900128, 0.5]], **options), atol=1e-5) else None

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_noisy.kernels.build import CompileError, compiled
+from lightning_noisy.kernels.build import compiled_function
 
 __all__ = ["ElementSums", "Scalar", "element_sums", "reference_sums", "scalar"]
 
@@ -67,11 +66,11 @@ def element_sums(
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.device.type == "cpu" and type(x) is Tensor and x.dtype == torch.float32:
-        library = _load()
+        function = _load()
         ordered = _in_memory_order(x, unit_dim)
         alike = side is None or (side.dtype, side.stride()) == (x.dtype, x.stride())
-        if library is not None and ordered is not None and alike:
-            return _compiled_sums(library, *ordered, small, side)
+        if function is not None and ordered is not None and alike:
+            return _compiled_sums(function, *ordered, small, side)
     return reference_sums(x, unit_dim, small=small, side=side, inactive=inactive)
 
 
@@ -129,7 +128,7 @@ def _in_memory_order(x: Tensor, unit_dim: int | None) -> tuple[Tensor, int | Non
 
 
 def _compiled_sums(
-    library: ctypes.CDLL, x: Tensor, unit_dim: int | None, small: Scalar | None, side: Tensor | None
+    function: Callable[..., None], x: Tensor, unit_dim: int | None, small: Scalar | None, side: Tensor | None
 ) -> ElementSums:
     """The same by the kernel; x is contiguous, and side in the same order."""
     alive, outer, units, inner = None, x.numel(), 1, 1
@@ -138,7 +137,7 @@ def _compiled_sums(
         units, outer, inner = shape[dim], math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
         alive = torch.zeros(units, device="cpu", dtype=torch.float32)
     out = (ctypes.c_double * 6)()
-    library.element_sums(
+    function(
         x.data_ptr(),
         None if side is None else side.data_ptr(),
         outer,
@@ -152,20 +151,14 @@ def _compiled_sums(
 
 
 @cache
-def _load() -> ctypes.CDLL | None:
-    """The compiled ``sums.c``; None without a compiler, if LIGHTNING_NOISY_KERNEL is 0, or if its numbers are wrong."""
-    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
-        return None
-    try:
-        library = compiled(Path(__file__).with_name("sums.c"))
-        library.element_sums.argtypes = [
-            *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_float, *[ctypes.c_void_p] * 2,
-        ]  # fmt: skip
-        library.element_sums.restype = None
-    except (CompileError, AttributeError):
+def _load() -> Callable[..., None] | None:
+    """The function of ``sums.c``, unless it isn't there or its numbers are wrong."""
+    types = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_float, *[ctypes.c_void_p] * 2]
+    function = compiled_function("sums.c", "element_sums", types)
+    if function is None:
         return None
     x = (torch.arange(3 * 5 * 143, device="cpu").view(3, 5, 143) % 7 - 2).float()  # whose sums are exact
-    found = _compiled_sums(library, x, 1, 2.0, x)
+    found = _compiled_sums(function, x, 1, 2.0, x)
     expected = reference_sums(x, 1, small=2.0, side=x, inactive=True)
     same = found[:-1] == expected[:-1] and torch.equal(found.alive, expected.alive)  # type: ignore[arg-type]
-    return library if same else None
+    return function if same else None

@@ -22,10 +22,8 @@ from lightning_noisy.nn.noisy import NAH, NAN, NoisyActivation
 from lightning_noisy.nn.normalized import NormalizedActivation
 from lightning_noisy.nn.registry import PLAIN
 
-__all__ = ["Observer", "Side", "side_by_side"]
+__all__ = ["Side", "Watched", "side_by_side"]
 
-# Called with the number of a gate, its pre-activations and its values, shape (rows, hidden).
-Observer = Callable[[int, Tensor, Tensor], None]
 _QUICK: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.Sigmoid: torch.sigmoid, nn.Tanh: torch.tanh}
 
 
@@ -62,11 +60,16 @@ class _Plain(Side):
     """A function without parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._function = _QUICK.get(type(module), module)
+        self._function = _QUICK.get(type(module)) or _not_in_place(module)
         self.is_pure = type(module) in PLAIN.values() and not isinstance(module, nn.RReLU)
 
     def value(self, x: Tensor, rows: slice, prepared: Any) -> Tensor:
         return self._function(x)
+
+
+def _not_in_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A module as a function that leaves its input, which the backward pass needs."""
+    return (lambda x: module(x.clone())) if getattr(module, "inplace", False) else module
 
 
 class _Noisy(Side):
@@ -204,10 +207,10 @@ class _Single(Side):
     is_pure = False
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._function = _not_in_place(module)
 
     def value(self, x: Tensor, rows: slice, prepared: Any) -> Tensor:
-        return cast(Tensor, self._module(x))
+        return self._function(x)
 
 
 class _Several(Side):
@@ -259,12 +262,15 @@ class Watched(Side):
         self._seen: list[tuple[Tensor, Tensor]] | None = []
 
     def prepare(self, *tensors: Tensor) -> Any:
+        """Those of the gates."""
         return self._side.prepare(*tensors)
 
     def linearized(self, x: Tensor, tensors: Sequence[Tensor]) -> Linearized:
+        """That of the gates, of which nothing is kept."""
         return self._side.linearized(x, tensors)
 
     def value(self, x: Tensor, rows: slice, prepared: Any) -> Tensor:
+        """Those of the gates, which are kept."""
         y = self._side.value(x, rows, prepared)
         if self._seen is not None:
             self._seen.append((x.detach(), y.detach()))

@@ -136,7 +136,7 @@ class NoisyRecurrent(nn.RNNBase):
             if not sizes:
                 raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         states = self._initial(hx, x, sizes[0], is_batched)
-        self._check(x, states, batch_sizes, sizes[0])
+        self._check(x, states, sizes[0])
         if hx is not None:
             states = tuple(_permuted(each, sorted_indices) for each in states)
         x, last = self._all_layers(x, states, sizes, sorted_indices)
@@ -170,7 +170,7 @@ class NoisyRecurrent(nn.RNNBase):
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size,)
 
-    def _check(self, x: Tensor, states: State, batch_sizes: Tensor | None, batch: int) -> None:
+    def _check(self, x: Tensor, states: State, batch: int) -> None:
         """Raise what torch raises for shapes that don't fit."""
         if x.shape[-1] != self.input_size:
             raise RuntimeError(

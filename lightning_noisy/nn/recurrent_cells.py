@@ -213,7 +213,7 @@ def with_gates(old: nn.Module, gate: Spec, activation: Spec) -> nn.Module:
         new = _DROP_INS[base](**options, **plain)
     take_weights(new, old)
     new.set_gates(gate, activation)
-    for name, child in new.named_modules():
-        if name and child is not new and not any(each.requires_grad for each in old.parameters(recurse=False)):
-            child.requires_grad_(False)
+    if not any(each.requires_grad for each in old.parameters(recurse=False)):
+        for gate_or_layer in new.children():
+            gate_or_layer.requires_grad_(False)
     return new.train(old.training)  # type: ignore[no-any-return]

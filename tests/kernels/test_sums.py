@@ -9,7 +9,7 @@ import torch
 from helpers import HAS_COMPILER
 from torch import nn
 
-from lightning_noisy.kernels import sums
+from lightning_noisy.kernels import build, sums
 from lightning_noisy.kernels.sums import element_sums, reference_sums
 
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
@@ -111,8 +111,8 @@ def test_a_kernel_with_other_numbers_is_not_used(monkeypatch, tmp_path):
     assert source.count("sums.square[lane]") == 1
     other = tmp_path / "sums.c"
     other.write_text(source.replace("sums.square[lane]", "sums.total[lane]"))
-    real = sums.compiled
-    monkeypatch.setattr(sums, "compiled", lambda _: real(other))
+    real = build.compiled
+    monkeypatch.setattr(build, "compiled", lambda _: real(other))
     sums._load.cache_clear()
     assert sums._load() is None
     sums._load.cache_clear()
