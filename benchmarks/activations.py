@@ -1,39 +1,42 @@
-"""Time of the activations' forward and backward pass, compared with the usual alternatives.
+"""Time of the activations, compared with the usual alternatives, at the sizes of layers.
 
-    python benchmarks/activations.py
+    python benchmarks/activations.py --threads 2
 
-On a batch of shape (128, 64, 32, 32) with two threads on the CPU; medians of rounds that call the functions
-of a line in turn; ratios are those of the medians.
+Forward and backward pass: normalized activations against a norm without parameters (batch norm; layer norm for three
+dimensions) and the plain activation, noisy ones against drawing normal numbers and the hard tanh. Evaluation: against
+the plain activation, and the hard tanh. Ratios of the medians of rounds that call both in turn, on the CPU; a star
+marks those above the bar that is given at the head of the column.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from timing import medians
 from torch import Tensor, nn
 
-from lightning_noisy.nn import NAH, NReLU, NSwish
+from lightning_noisy.nn import NAH, NAN, NReLU, NSwish
 
-SHAPE = (128, 64, 32, 32)
+SHAPES = [
+    (64, 128),
+    (64, 512),
+    (256, 512),
+    (32, 64, 256),
+    (8, 16, 768),
+    (64, 32, 16, 16),
+    (128, 64, 32, 32),
+]
+COLUMNS = ["NSwish", "NReLU", "NAH", "NAN"]
+BARS = {"training": (1.0, 1.0, 1.3, 1.3), "evaluation": (1.3, 1.3, 2.0, 2.0)}
 
 
-def training(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable[[], None]:
-    """A forward and a backward pass."""
-    leaf = x.clone().requires_grad_()
-
-    def run() -> None:
-        leaf.grad = None
-        function(leaf).backward(gradient)
-
-    return run
-
-
-def batch_norm(activation: nn.Module) -> nn.Module:
-    """Batch normalization and an activation, the usual pair."""
-    return nn.Sequential(nn.BatchNorm2d(SHAPE[1], affine=False), activation)
+def norm(shape: tuple[int, ...]) -> nn.Module:
+    """A norm without parameters."""
+    if len(shape) == 3:
+        return nn.LayerNorm(shape[-1], elementwise_affine=False)
+    return {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](shape[1], affine=False)
 
 
 def drawing(x: Tensor) -> Tensor:
@@ -42,34 +45,71 @@ def drawing(x: Tensor) -> Tensor:
     return nn.functional.hardtanh(x)
 
 
+def training(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor, times: int) -> Callable[[], None]:
+    """Forward and backward passes."""
+    leaf = x.clone().requires_grad_()
+
+    def run() -> None:
+        for _ in range(times):
+            leaf.grad = None
+            function(leaf).backward(gradient)
+
+    return run
+
+
+def evaluation(function: Callable[[Tensor], Tensor], x: Tensor, times: int) -> Callable[[], None]:
+    """Forward passes without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(times):
+                function(x)
+
+    return run
+
+
+def ratios(shape: tuple[int, ...], mode: str, rounds: int) -> Iterator[float]:
+    """Time over that of the alternative."""
+    x, gradient = torch.randn(shape), torch.randn(shape)
+    times = max(1, int(3e5 / x.numel()) * 10)
+    pairs = [(NSwish(), nn.Sequential(norm(shape), nn.SiLU())), (NReLU(), nn.Sequential(norm(shape), nn.ReLU()))]
+    pairs += [(NAH(), drawing), (NAN(), drawing)]
+    if mode == "evaluation":
+        pairs = [(NSwish(), nn.SiLU()), (NReLU(), nn.ReLU()), (NAH(), nn.Hardtanh()), (NAN(), nn.Hardtanh())]
+    for ours, peer in pairs:
+        if mode == "training":
+            functions = (training(each, x, gradient, times) for each in (ours, peer))
+        else:
+            ours(x)
+            functions = (evaluation(each, x, times) for each in (ours.eval(), peer))
+        first, second = medians(*functions, rounds=rounds)
+        yield first / second
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="number of rounds (default: 15)")
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(2)
-    x, gradient = torch.randn(SHAPE), torch.randn(SHAPE)
-    pairs = {
-        "NSwish / batch norm and SiLU": (NSwish(), batch_norm(nn.SiLU())),
-        "NReLU / batch norm and ReLU": (NReLU(), batch_norm(nn.ReLU())),
-        "NSwish / SiLU": (NSwish(), nn.SiLU()),
-        "NReLU / ReLU": (NReLU(), nn.ReLU()),
-        "NSwish(stride=8) / SiLU": (NSwish(stride=8), nn.SiLU()),
-        "NReLU(stride=8) / ReLU": (NReLU(stride=8), nn.ReLU()),
-        "NAH / randn and hard tanh": (NAH(), drawing),
-        "compiled: NSwish / batch norm and SiLU": (torch.compile(NSwish()), torch.compile(batch_norm(nn.SiLU()))),
-        "compiled: NReLU / batch norm and ReLU": (torch.compile(NReLU()), torch.compile(batch_norm(nn.ReLU()))),
-        "compiled: NAH / randn and hard tanh": (torch.compile(NAH()), drawing),
-    }
-    print(f"{'training, ms':<42}{'ours':>8}{'peer':>8}{'ratio':>8}")
-    for name, functions in pairs.items():
-        ours, peer = (1e3 * t for t in medians(*(training(f, x, gradient) for f in functions), rounds=rounds))
-        print(f"{name:<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}", flush=True)
-    evaluated = NAH().eval()
-    with torch.no_grad():
-        times = medians(lambda: evaluated(x), lambda: nn.functional.hardtanh(x), rounds=rounds)
-    ours, peer = (1e3 * seconds for seconds in times)
-    print(f"{'evaluation: NAH / hard tanh':<42}{ours:>8.1f}{peer:>8.1f}{ours / peer:>8.2f}")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for mode, bars in BARS.items():
+        heads = (f"{name} ({bar})" for name, bar in zip(COLUMNS, bars, strict=True))
+        print(f"{mode + f', {options.threads} threads':<24}", *(f"{head:>14}" for head in heads))
+        for shape in SHAPES:
+            found = list(ratios(shape, mode, options.rounds))
+            cells = (f"{ratio:.2f}{'*' if ratio > bar else ' '}" for ratio, bar in zip(found, bars, strict=True))
+            print(f"{shape!s:<24}", *(f"{cell:>14}" for cell in cells), flush=True)
+        print()
+    x = torch.randn(SHAPES[-1])
+    print("compiled, forward and backward, of the last shape")
+    for name, ours, peer in (
+        ("NSwish", NSwish(), nn.Sequential(norm(SHAPES[-1]), nn.SiLU())),
+        ("NAH", NAH(), drawing),
+    ):
+        compiled = (training(torch.compile(each), x, torch.randn(x.shape), 1) for each in (ours, peer))
+        first, second = medians(*compiled, rounds=options.rounds)
+        print(f"{name:<24} {first / second:.2f}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def variants(make: Callable[..., nn.Module]) -> dict[str, Callable[[], None]]:
         "BatchNorm(affine=False) before each activation": step_of(make(norm=True)),
         'replace_activations(model, "nrelu")': step_of(replace_activations(make(), "nrelu")),
         'replace_activations(model, "nsw")': step_of(replace_activations(make(), "nsw")),
+        'replace_activations(model, "nah")': step_of(replace_activations(make(), "nah")),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,6 +34,7 @@ __all__ = [
     "has_values",
     "is_recomputing",
     "is_transforming",
+    "is_watched",
     "metadata_of",
     "recomputing",
     "set_metadata",
@@ -77,12 +79,23 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether a transform of ``torch.func`` is active: its tensors have no memory to write to.
+    """Whether a transform of ``torch.func`` is active, whose tensors have no memory, or forward-mode differentiation.
 
     >>> torch.vmap(lambda x: x + is_transforming())(torch.zeros(2)), is_transforming()
     (tensor([1., 1.]), False)
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode sees operations: fake tensors, a tracer such as ``make_fx``, a counter of operations.
+
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> with FlopCounterMode(display=False):
+    ...     is_watched()
+    True
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_recomputing() -> bool:

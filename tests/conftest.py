@@ -1,25 +1,44 @@
+"""Fixtures. Triton's interpreter has to be asked for before anything imports Triton."""
+
+import os
+
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 import sysconfig
 from pathlib import Path
 
 import pytest
-from helpers import HAS_COMPILER
+from helpers import KERNELS, forget_kernels
 
-from lightning_noisy.kernels.gaussian import _load, compiled_library
 from lightning_noisy.monitoring.call_watch import FunctionCalls, RunEagerly
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def any_kernel(request, monkeypatch):
-    """The test runs with the compiled kernel, and with torch's operations in its place."""
-    if request.param == "torch":
-        monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", "0")
-        _load.cache_clear()
-    elif not HAS_COMPILER:
-        pytest.skip("there is no C compiler")
-    assert (compiled_library() is None) == (request.param == "torch")
-    yield
+def pytest_configure(config):
+    # Lightning's hints about speed (loader workers, an idle GPU) are for users' machines, not for tests. Not in
+    # pyproject.toml, where naming it imports Lightning, and that Triton.
+    config.addinivalue_line("filterwarnings", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+
+@pytest.fixture(params=KERNELS)
+def every_kernel(request, monkeypatch):
+    """The test runs with the compiled kernels, with Triton's, and with torch's operations in their place."""
+    monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", request.param)
+    forget_kernels()
+    yield request.param
     monkeypatch.undo()
-    _load.cache_clear()
+    forget_kernels()
+
+
+@pytest.fixture(params=[each for each in KERNELS if each.id != "triton"])
+def any_kernel(request, monkeypatch):
+    """The same without Triton's, whose interpreter is slow."""
+    monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", request.param)
+    forget_kernels()
+    yield request.param
+    monkeypatch.undo()
+    forget_kernels()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,36 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_noisy
+from lightning_noisy.kernels import backend, build, gaussian, lstm, noisy, normalized, sums
 
 # Tests that set $CC name cc; the others take what the package takes.
 HAS_COMPILER = all(shutil.which(name) for name in ("cc", shlex.split(os.environ.get("CC", "") or "cc")[0]))
+
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by its interpreter, see conftest.py
+HAS_TRITON = find_spec("triton") is not None
+KERNELS = [
+    pytest.param("auto", id="compiled", marks=pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")),
+    pytest.param("triton", id="triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton isn't installed")),
+    pytest.param("0", id="torch"),
+]
+
+
+def forget_kernels() -> None:
+    """Let the kernels be chosen, loaded and compared with their references again."""
+    for cached in (
+        backend.choice,
+        build._found,
+        gaussian._load,
+        gaussian._is_right,
+        lstm._load,
+        noisy._compiled,
+        noisy._is_right,
+        normalized._compiled,
+        normalized._is_right,
+        sums._load,
+    ):
+        cached.cache_clear()
 
 
 class SpySGD(torch.optim.SGD):

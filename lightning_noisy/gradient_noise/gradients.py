@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from lightning_noisy._torch_internals import first_index, has_values
-from lightning_noisy.kernels.gaussian import compiled_library
+from lightning_noisy.kernels.backend import is_plain
+from lightning_noisy.kernels.gaussian import adds_to
 
 __all__ = ["Fragment", "Parameter", "blocks", "checked_gradient", "local", "padding_row", "pointer"]
 
@@ -51,11 +52,8 @@ _MOST_IN_PLACE = 1 << 20  # elements of a block of rows that gets its noise in p
 
 
 def pointer(tensor: Tensor) -> int:
-    """The address of a tensor if the kernel takes it: float32, on the CPU, contiguous. Else 0."""
-    plain = type(tensor) is Tensor and isinstance(tensor, torch.FloatTensor)  # dense ones, on the CPU
-    if plain and tensor.is_contiguous() and not tensor.is_neg():
-        return tensor.data_ptr()
-    return 0
+    """The address of a tensor if a kernel takes it: plain, contiguous, on the CPU float32. Else 0."""
+    return tensor.data_ptr() if is_plain(tensor) and tensor.is_contiguous() and adds_to(tensor) else 0
 
 
 def checked_gradient(parameter: Parameter) -> Tensor:
@@ -178,7 +176,7 @@ def _windows(tensor: Tensor, start: int, steps: tuple[int, ...]) -> Iterator[tup
 
 
 def _most(tensor: Tensor) -> int:
-    return _MOST_IN_PLACE if compiled_library() is not None and pointer(tensor) else _MOST_AT_ONCE
+    return _MOST_IN_PLACE if pointer(tensor) else _MOST_AT_ONCE
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

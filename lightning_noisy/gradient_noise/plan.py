@@ -21,10 +21,13 @@ from torch import Tensor
 
 from lightning_noisy._torch_internals import add_each, has_values, version
 from lightning_noisy.gradient_noise.gradients import Parameter, blocks, checked_gradient, local, padding_row, pointer
-from lightning_noisy.kernels.gaussian import AddressRanges, compiled_library, signed, stream_key, substream
+from lightning_noisy.kernels.backend import is_plain
+from lightning_noisy.kernels.gaussian import AddressRanges, adds_to, signed, stream_key, substream
 
 __all__ = ["Mark", "NoisePlan", "unchanged"]
 
+
+_MOST_ROWS = 1 << 16  # of blocks whose noise is added in one call
 
 # A parameter, its gradient, and how often the gradient had been changed in place.
 Mark = tuple[Parameter, weakref.ref[Tensor], int]
@@ -110,19 +113,7 @@ class NoisePlan:
         """
         first, second = stream_key(*stream, step)
         gradients = [parameter.grad for parameter in self.parameters]
-        # `pointer`, inlined: with many small gradients, a call for each would take a tenth of the time.
-        pointers = [
-            g.data_ptr()
-            if type(g) is Tensor
-            and isinstance(g, torch.FloatTensor)
-            and g.numel() == size
-            and g.is_contiguous()
-            and not g.is_neg()
-            else 0
-            for g, size in zip(gradients, self._sizes, strict=True)
-        ]
-        if any(pointers) and compiled_library() is None:
-            pointers = [0] * len(pointers)
+        like, pointers = self._pointers(gradients)
         others = []
         taken = set(pointers)
         if 0 in pointers or len(taken) < len(pointers):
@@ -153,7 +144,7 @@ class NoisePlan:
             runs, where = self._runs.moved(first), torch.frombuffer(array("q", pointers), dtype=torch.int64)
             for group, span in self._spans.items():
                 if stds[group]:
-                    runs[span].add_at(where[span], second, stds[group])
+                    runs[span].add_at(where[span], second, stds[group], cast(Tensor, like))
                     changed = cast(list[Tensor], gradients[span])
                     if 0 in pointers[span]:
                         changed = list(compress(changed, pointers[span]))
@@ -167,6 +158,26 @@ class NoisePlan:
         for row, was in zip(rows, before, strict=True):
             row.copy_(torch.where(was.any(), row, was))
         return any(gradient is not None for gradient in gradients)
+
+    def _pointers(self, gradients: list[Tensor | None]) -> tuple[Tensor | None, list[int]]:
+        """The first gradient, and the addresses of all that one call can add noise to with it, else 0."""
+        like = next((g for g in gradients if g is not None), None)
+        if like is None or like.dtype is not torch.float32 or not is_plain(like) or not adds_to(like):
+            return like, [0] * len(gradients)
+        # `pointer`, inlined: with many small gradients, a call for each would take a tenth of the time.
+        kind = torch.FloatTensor if like.is_cpu else torch.cuda.FloatTensor  # type: ignore[attr-defined]  # dense float32
+        one_device = like.is_cpu or len({g.device for g in gradients if g is not None}) == 1
+        return like, [
+            g.data_ptr()
+            if type(g) is Tensor
+            and isinstance(g, kind)
+            and g.numel() == size
+            and g.is_contiguous()
+            and not g.is_neg()
+            and (one_device or g.device == like.device)
+            else 0
+            for g, size in zip(gradients, self._sizes, strict=True)
+        ]
 
 
 def unchanged(marks: list[Mark]) -> bool:
@@ -186,17 +197,20 @@ class _Batch:
         self._second = second
         self._most = _most_at_once(device)
         self._used = 0
+        self._collected = 0
+        self._in_place: dict[torch.dtype, list[tuple[Tensor, Tensor, AddressRanges]]] = {}
         self._tensors: list[Tensor] = []
         self._runs: list[tuple[int, int, int]] = []
 
     def add(self, tensor: Tensor, starts: list[int] | Tensor, first: int) -> None:
         """Process a block: a tensor, and the addresses at which its rows, of equal length, start."""
         first, rows, width = signed(first % 2**64), len(starts), tensor.numel() // len(starts)
-        address = pointer(tensor)
-        if address and compiled_library() is not None:
-            pointers = address + 4 * width * torch.arange(rows, device="cpu")
-            _rows(first, starts, width).add_at(pointers, self._second, self._std)
-            torch.autograd.graph.increment_version(tensor)
+        if address := pointer(tensor):
+            pointers = address + tensor.itemsize * width * torch.arange(rows, device="cpu")
+            self._in_place.setdefault(tensor.dtype, []).append((tensor, pointers, _rows(first, starts, width)))
+            self._collected += rows
+            if self._collected >= _MOST_ROWS:
+                self._add_in_place()
         elif rows > 1:
             noise = _rows(first, starts, width).draw(self._second, self._std, self._device)
             with torch.inference_mode():
@@ -223,6 +237,17 @@ class _Batch:
             with torch.inference_mode():  # avoids autograd's overhead for each tensor
                 add_each(self._tensors, noise)
         self._used, self._tensors, self._runs = 0, [], []
+        self._add_in_place()
+
+    def _add_in_place(self) -> None:
+        """Add the noise to the blocks in the memory of which a kernel writes: those of a dtype in one launch."""
+        for blocks_of_dtype in self._in_place.values():
+            tensors, pointers, runs = map(list, zip(*blocks_of_dtype, strict=True))
+            rows = [torch.cat([getattr(run, name) for run in runs]) for name in ("firsts", "starts", "counts")]
+            AddressRanges(*rows).add_at(torch.cat(pointers), self._second, self._std, tensors[0])
+            torch.autograd.graph.increment_version(tensors)
+        self._in_place.clear()
+        self._collected = 0
 
 
 def _rows(first: int, starts: list[int] | Tensor, width: int) -> AddressRanges:

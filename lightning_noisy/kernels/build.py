@@ -1,110 +1,126 @@
-"""Compiles a C file on first use, if there is a compiler."""
+"""The library of the C files: from the wheel, from the user's cache, or compiled on first use.
+
+One that a compiler made at installation lies in the folder ``built``. Else the first process that needs it compiles it,
+in some seconds, and keeps it in ``$XDG_CACHE_HOME/lightning_noisy`` (``~/.cache/lightning_noisy``); where that can't be
+written to, each process compiles its own. Names of files change with the sources, the flags and the compiler.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shlex
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CompileError", "compiled", "compiled_function"]
+from lightning_noisy.kernels.backend import choice
+from lightning_noisy.kernels.compiler import FOLDER, CompileError, compile_library, compiler, library_name
+
+__all__ = ["compiled_function", "library", "threads_for", "why_not"]
+
+BUILT = FOLDER / "built"
+_NEW_THREAD = 1 << 18  # elements for which starting a thread, which takes up to 0.1 ms, pays
+_AWAKE_THREAD = 1 << 14  # the same for torch's own
 
 
-class CompileError(Exception):
-    """There is no compiler, it fails, or its output can't be loaded."""
+def library() -> ctypes.CDLL | None:
+    """The library; None without a compiler, or if LIGHTNING_NOISY_KERNEL asks for another."""
+    return _found()[0]
 
 
-# The flags don't change the values: each product and sum is rounded separately, and nothing is reordered. Ignoring
-# errno and floating-point exceptions allows vectorization. (The first flags undo fast math from $CC; placed later, they
-# would undo the last ones.)
-_PLAIN_MATH = ["-fno-fast-math", "-fno-unsafe-math-optimizations"]
-_FLAGS = [*_PLAIN_MATH, "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-_TIMEOUT = 20.0  # seconds
-_LIBRARY = ["-shared", "-fPIC", "-pthread"]
-_VECTORS = {  # by the CPU capability that torch reports
-    "AVX2": ["-mavx2"],
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"],
-}
+def why_not() -> str:
+    """Why there is no library, though it may be used; else empty."""
+    return _found()[1]
 
 
-def compiled(source: Path) -> ctypes.CDLL:
-    """Compile a C file and load it.
-
-    This takes about 0.2 s, in a temporary directory. The compiler is ``$CC``, or ``cc``; it is killed after 20 s.
+def compiled_function(name: str, argtypes: Sequence[Any]) -> Any:
+    """A function of the library, which returns nothing; None if there is no library.
 
     Args:
-        source: path of the C file.
-
-    Returns:
-        The loaded library.
-
-    Raises:
-        CompileError: if that fails.
-    """
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    try:
-        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            library = Path(folder, source.stem + ".so")
-            command = [*compiler, *_FLAGS, *vectors, *_LIBRARY, str(source), "-o", str(library), "-lm"]
-            _run(command)
-            return _load(library)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # no compiler, no folder, no such flag, ...
-        raise CompileError(f"{error} {getattr(error, 'stderr', None) or ''}".strip()) from error
-
-
-def compiled_function(source: str, name: str, argtypes: Sequence[Any]) -> Callable[..., None] | None:
-    """A function of a C file of this folder; None without a compiler, or if LIGHTNING_NOISY_KERNEL is 0.
-
-    Args:
-        source: name of the file.
-        name: of the function, which returns nothing.
+        name: of the function.
         argtypes: types of its arguments, of ctypes.
     """
-    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
-        return None
+    function = getattr(library(), name, None)
+    if function is not None:
+        function.argtypes, function.restype = [*argtypes], None
+    return function
+
+
+def threads_for(count: int) -> int:
+    """The number of threads to use for so many elements."""
+    return min(torch.get_num_threads(), 1 + count // _grain)
+
+
+_grain = _NEW_THREAD
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    if choice() != "auto":
+        return None, ""
     try:
-        function = getattr(compiled(Path(__file__).with_name(source)), name)
-    except (CompileError, AttributeError):
-        return None
-    function.argtypes, function.restype = [*argtypes], None
-    return function  # type: ignore[no-any-return]
+        loaded = _any_library(torch.backends.cpu.get_cpu_capability())
+        _share_threads(loaded.use_threads_of)
+    except (CompileError, AttributeError) as error:  # AttributeError: a library without its functions
+        return None, str(error)
+    return loaded, ""
 
 
-def _run(command: list[str]) -> None:
-    """Run a compiler; on a timeout or interrupt, kill it and its child processes."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            _, stderr = process.communicate(timeout=_TIMEOUT)
-        except BaseException:
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, stderr=stderr)
+def _any_library(capability: str) -> ctypes.CDLL:
+    """Load what is there, or else compile it.
+
+    Raises:
+        CompileError: if neither works.
+    """
+    for path in (BUILT / library_name(capability), *_cached(capability)):
+        if path.exists():
+            try:
+                return _load(path)
+            except OSError:  # of another system, or damaged
+                continue
+    try:
+        for path in _cached(capability):
+            with _temporary_folder(path.parent) as folder:
+                compile_library(folder / path.name, capability)
+                loaded = _load(folder / path.name)
+                os.replace(folder / path.name, path)
+                return loaded
+        with _temporary_folder(None) as folder:
+            compile_library(folder / library_name(capability), capability)
+            return _load(folder / library_name(capability))
+    except (OSError, ValueError) as error:
+        raise CompileError(str(error)) from error
 
 
-def _load(library: Path) -> ctypes.CDLL:
+def _cached(capability: str) -> Iterator[Path]:
+    """Where the user's library is kept, if there is a folder that nobody else can write to."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home, "lightning_noisy")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            yield folder / library_name(capability, *compiler(), sys.platform, os.uname().machine)
+    except (OSError, RuntimeError, ValueError, AttributeError):  # no home, a command that can't be read, no such system
+        return
+
+
+@contextmanager
+def _temporary_folder(where: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _load(path: Path) -> ctypes.CDLL:
     """Load a library, unless this makes the process flush denormal numbers to zero, as fast math does."""
     flushed = _flushes_denormals()
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(path))
     if not flushed and _flushes_denormals():
         torch.set_flush_denormal(False)
         raise ValueError("$CC's output rounds denormal numbers to 0 in the whole process. Drop its fast-math flags")
@@ -113,3 +129,23 @@ def _load(library: Path) -> ctypes.CDLL:
 
 def _flushes_denormals() -> bool:
     return sys.float_info.min / 2 == 0
+
+
+def _share_threads(use: Any) -> None:
+    """Let the library use the threads of torch's OpenMP, if torch was built with one that is found."""
+    global _grain
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        pool = ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return
+    use.argtypes, use.restype = [ctypes.c_void_p], None
+    use(pool)
+    _grain = _AWAKE_THREAD
+
+    def forget() -> None:
+        global _grain
+        use(None)
+        _grain = _NEW_THREAD
+
+    os.register_at_fork(after_in_child=forget)  # the child has no such threads

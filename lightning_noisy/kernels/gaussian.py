@@ -16,23 +16,25 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import operator
-import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from math import pi
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_noisy._torch_internals import is_transforming
-from lightning_noisy.kernels.build import CompileError, compiled
+from lightning_noisy._torch_internals import is_transforming, is_watched
+from lightning_noisy.kernels.backend import HALF_TOO, checked, is_plain, triton_kernels
+from lightning_noisy.kernels.build import compiled_function, threads_for, why_not
 
 __all__ = [
     "AddressRanges",
     "Key",
     "add_gaussian_",
+    "adds_to",
     "draw_",
     "gaussian_at",
     "gaussian_like",
@@ -183,20 +185,24 @@ class AddressRanges:
         """The ranges with ``offset`` added to the first halves of their keys."""
         return AddressRanges(self.firsts + signed(offset % 2**64), self.starts, self.counts)
 
-    def add_at(self, pointers: Tensor, second: int, std: float) -> None:
-        """Add the numbers to floats in memory; needs the compiled kernel.
+    def add_at(self, pointers: Tensor, second: int, std: float, like: Tensor) -> None:
+        """Add the numbers to floats in memory; needs a kernel for ``like``, see :func:`adds_to`.
 
         Args:
-            pointers: address of each range's float32 elements in CPU memory, int64, shape (ranges,); 0 skips a range.
-                The memory of two ranges must not overlap, since several threads write to it.
+            pointers: address of each range's elements, int64 on the CPU, shape (ranges,); 0 skips a range. The memory
+                of two ranges must not overlap, since several threads write to it.
             second: second half of the key.
             std: σ, >= 0.
+            like: a tensor of the dtype and on the device of the elements.
         """
-        library = compiled_library()
-        assert library is not None
         arrays = [t.contiguous() for t in (pointers, self.firsts, self.starts, self.counts)]  # alive during the call
-        threads = _threads(int(self.counts[pointers != 0].sum()))
-        library.add_gaussian(len(pointers), *(t.data_ptr() for t in arrays), signed(second), std, threads)
+        if (triton := _triton_of(like)) is not None:
+            triton.add_ranges(*arrays, signed(second), std, like)
+            return
+        add = compiled_kernel()
+        assert add is not None
+        threads = threads_for(int(self.counts[pointers != 0].sum()))
+        add(len(pointers), *(t.data_ptr() for t in arrays), signed(second), std, threads)
 
     def draw(self, second: int, std: float, device: torch.device | str = "cpu") -> Tensor:
         """The numbers of all ranges, concatenated.
@@ -210,9 +216,9 @@ class AddressRanges:
             Float32 tensor, shape (sum of the counts,).
         """
         total = int(self.counts.sum())
-        if torch.device(device).type == "cpu" and compiled_library() is not None:
-            out = torch.zeros(total, dtype=torch.float32, device="cpu")
-            self.add_at(out.data_ptr() + 4 * (self.counts.cumsum(0) - self.counts), second, std)
+        if adds_to(out := torch.empty(0, dtype=torch.float32, device=device)):
+            out = out.new_zeros(total)
+            self.add_at(out.data_ptr() + 4 * (self.counts.cumsum(0) - self.counts), second, std, out)
             return out
         skips = self.starts % 2
         pairs = (skips + self.counts + 1) // 2
@@ -234,43 +240,56 @@ class AddressRanges:
         ]
 
 
-def _threads(count: int) -> int:
-    """The number of threads to use for so many numbers; starting one takes up to 0.1 ms."""
-    return min(torch.get_num_threads(), max(1, count >> 18))
+def adds_to(x: Tensor) -> bool:
+    """Whether there is a kernel that adds noise to a dense tensor of that dtype on that device."""
+    if _triton_of(x) is not None:
+        return True
+    return x.is_cpu and x.dtype is torch.float32 and compiled_kernel() is not None
 
 
-def _add_run(library: ctypes.CDLL, out: Tensor, key: Key, start: int, std: float) -> None:
+def _triton_of(x: Tensor) -> ModuleType | None:
+    """The kernels in Triton, if they take a tensor and give the numbers of :func:`gaussian_at`."""
+    kernels = triton_kernels("gaussian", x)
+    return kernels if kernels is not None and x.dtype in HALF_TOO and _is_right(kernels, x.device) else None
+
+
+@checked
+@torch.no_grad()
+def _is_right(kernels: ModuleType, device: torch.device) -> bool:
+    """Whether the numbers are those of the reference, but for the last bit of a few."""
+    out, first = torch.zeros(4099, dtype=torch.float32, device=device), torch.tensor([7], device=device)
+    kernels.draw_(out, first, 13)
+    reference = gaussian_at((7, 13), torch.arange(4099, device="cpu"))
+    return bool(((out.cpu() - reference).abs() <= 1.2e-7 * reference.abs()).all())
+
+
+def _add_run(add: Callable[..., None], out: Tensor, key: Key, start: int, std: float) -> None:
     """Add the numbers of a range to a contiguous float32 tensor on the CPU."""
     run = (ctypes.c_int64 * 4)(out.data_ptr(), signed(key[0]), start, out.numel())
     arrays = (ctypes.addressof(run) + 8 * i for i in range(4))
-    library.add_gaussian(1, *arrays, signed(key[1]), std, _threads(out.numel()))
+    add(1, *arrays, signed(key[1]), std, threads_for(out.numel()))
 
 
 @cache
-def _load() -> tuple[ctypes.CDLL | None, list[str]]:
-    """The compiled ``gaussian.c`` or None, and the reason if it is still to be reported."""
-    if os.environ.get("LIGHTNING_NOISY_KERNEL") == "0":
-        return None, []
-    try:
-        library = compiled(Path(__file__).with_name("gaussian.c"))
-        function = library.add_gaussian
-        function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
-        function.restype = None
-        numbers = torch.zeros(4099, dtype=torch.float32, device="cpu")
-        _add_run(library, numbers, (7, 13), 11, 0.3)
-        if torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
-            return library, []
-        return None, ["compiled, it gives other numbers than torch's operations"]
-    except (CompileError, AttributeError) as error:
-        return None, [str(error)]
+def _load() -> tuple[Callable[..., None] | None, list[str]]:
+    """The function of ``gaussian.c`` or None, and the reason if it is still to be reported."""
+    types = [ctypes.c_int64, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
+    add = compiled_function("add_gaussian", types)
+    if add is None:
+        return None, [why_not()] if why_not() else []
+    numbers = torch.zeros(4099, dtype=torch.float32, device="cpu")
+    _add_run(add, numbers, (7, 13), 11, 0.3)
+    if torch.equal(numbers, gaussian_at((7, 13), torch.arange(11, 4110, device="cpu"), 0.3)):
+        return add, []
+    return None, ["compiled, it gives other numbers than torch's operations"]
 
 
-def compiled_library() -> ctypes.CDLL | None:
-    """The compiled ``gaussian.c``, or None if it is unavailable, with one warning.
+def compiled_kernel() -> Callable[..., None] | None:
+    """``add_gaussian`` of ``gaussian.c``, or None if it is unavailable, with one warning.
 
     ``LIGHTNING_NOISY_KERNEL=0`` disables it, without a warning.
     """
-    library, reasons = _load()
+    add, reasons = _load()
     if reasons:
         reason = reasons.pop()  # before the warning, which filters may turn into an error
         warnings.warn(
@@ -279,7 +298,7 @@ def compiled_library() -> ctypes.CDLL | None:
             " this warning.",
             stacklevel=3,
         )
-    return library
+    return add
 
 
 def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
@@ -299,9 +318,9 @@ def draw_(out: Tensor, key: Key, *, start: int = 0, std: float = 1.0) -> Tensor:
     """
     if start < 0 or out.dtype != torch.float32 or out.device.type != "cpu" or not out.is_contiguous():
         raise ValueError(f"draw_ needs a contiguous float32 tensor on the CPU and start >= 0, got {out!r} and {start}.")
-    library = compiled_library()
-    if library is not None and type(out) is Tensor:
-        _add_run(library, out.zero_(), key, start, std)
+    add = compiled_kernel() if is_plain(out) else None
+    if add is not None:
+        _add_run(add, out.zero_(), key, start, std)
         return out
     for begin in range(0, out.numel(), _AT_ONCE):
         part = out[begin : begin + _AT_ONCE]
@@ -324,7 +343,7 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
     if torch.compiler.is_compiling():
         opaque = x.device.type == "cpu"  # there Inductor's code for the hash takes ten times as long
     else:
-        opaque = is_transforming() or type(x) not in (Tensor, nn.Parameter)
+        opaque = is_transforming() or is_watched() or type(x) not in (Tensor, nn.Parameter)
     if opaque:
         drawn: Tensor = _gaussian_like_operator(x.detach(), first, signed(second))
         return drawn
@@ -332,9 +351,14 @@ def gaussian_like(x: Tensor, first: Tensor, second: int) -> Tensor:
 
 
 def _drawn(x: Tensor, first: Tensor, second: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _at(first, second, torch.arange(x.numel(), device=x.device).view(x.shape), 1.0)
+    numbers = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if (triton := _triton_of(numbers)) is not None:
+        triton.draw_(numbers, first.to(x.device), signed(second))
+        return numbers
     if x.device.type != "cpu":
         return _at(first, second, torch.arange(x.numel(), device=x.device).view(x.shape), 1.0)
-    numbers = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     draw_(numbers.view(-1), (int(first), second))
     return numbers
 

@@ -112,7 +112,7 @@ def _compiled_step(function: Callable[..., None], *tensors: Tensor | None) -> No
 @cache
 def _load() -> Callable[..., None] | None:
     """The function of ``lstm.c``, unless it isn't there or its numbers are wrong."""
-    function = compiled_function("lstm.c", "lstm_backward_step", [*[ctypes.c_void_p] * 10, *[ctypes.c_int64] * 3])
+    function = compiled_function("lstm_backward_step", [*[ctypes.c_void_p] * 10, *[ctypes.c_int64] * 3])
     if function is None:
         return None
     numbers = torch.arange(1, 15, dtype=torch.float32, device="cpu").view(14, 1, 1).expand(14, 2, 3).contiguous()

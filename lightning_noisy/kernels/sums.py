@@ -154,7 +154,7 @@ def _compiled_sums(
 def _load() -> Callable[..., None] | None:
     """The function of ``sums.c``, unless it isn't there or its numbers are wrong."""
     types = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_float, *[ctypes.c_void_p] * 2]
-    function = compiled_function("sums.c", "element_sums", types)
+    function = compiled_function("element_sums", types)
     if function is None:
         return None
     x = (torch.arange(3 * 5 * 143, device="cpu").view(3, 5, 143) % 7 - 2).float()  # whose sums are exact

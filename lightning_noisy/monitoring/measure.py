@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_noisy.functional.slopes import largest_slope, side_effect_free, slope
 from lightning_noisy.functional.units import over_samples
-from lightning_noisy.kernels.fused import fused_function, takes
+from lightning_noisy.kernels import normalized as kernel
 from lightning_noisy.kernels.sums import ElementSums, Scalar, element_sums, scalar
 from lightning_noisy.nn.gpn import GPNActivation
 from lightning_noisy.nn.noisy import NoisyActivation
@@ -94,13 +94,14 @@ class Measured:
         with _harmless(self._function) as function:
             if not self._is_relu and (self._smallest is None or _has_parameters(function)):
                 self._smallest = self._threshold * scalar(largest_slope(function, device=h.device))
-            fast = fused_function(function) if takes(h) else None
+            fast = kernel.function_of(function)
             slopes: Tensor | None = None
             for part in _parts(h, unit_dim):
                 x = _wide(part)
                 sums.add_moments("x", element_sums(x))
                 if not self._is_relu:  # whose other sums show in the output
-                    slopes = slope(function, part) if fast is None else fast.slope(part, slopes)
+                    known = fast and kernel.slopes(fast, part, slopes)
+                    slopes = slope(function, part) if known is None else known
                     self._add_slopes(sums, function, part, x, slopes, unit_dim)
         return sums
 

@@ -6,7 +6,6 @@ after the last step, pooled over the steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -94,7 +93,9 @@ class _Noisy(Side):
                 self._noise = noise.flatten(1, 2)
             else:  # a number belongs to a sequence and a time, however long the others are
                 self._noise = torch.cat([noise[:, time, :size] for time, size in enumerate(sizes)], 1)
-        self._line = _line(self._first) if kernel.takes(like) else None
+        self._line = (
+            self._first.kernel_line() if isinstance(self._first, (NAH, NAN)) and kernel.takes_columns(like) else None
+        )
 
     def prepare(self, *tensors: Tensor) -> Tensor | None:
         return torch.cat([each.to(self._wide).expand(self._hidden) for each in tensors]) if tensors else None
@@ -148,18 +149,6 @@ class _OutputNoise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_p = kernel.derivative_by_p(x, noise, p, c, ctx.line, gradient.contiguous())
         return gradient * slope, of_p, None, None, None
-
-
-def _line(module: NoisyActivation) -> kernel.Line | None:
-    """What the kernel needs of NAN and NAH; None of the others."""
-    line = module.hard_function
-    if not isinstance(module, (NAH, NAN)) or line.slope is None or line.slope <= 0:
-        return None
-    if module.training:
-        return kernel.Line(line.slope, line.offset, *line.bounds, module.alpha, half=module.noise == "half-normal")
-    # The mean of |ξ|; that of ξ is 0.
-    level = math.sqrt(2 / math.pi) if module.noise == "half-normal" else 0.0
-    return kernel.Line(line.slope, line.offset, *line.bounds, module.alpha, level)
 
 
 class _Normalized(Side):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from lightning_noisy._torch_internals import is_recomputing, is_transforming, metadata_of, recomputing
 from lightning_noisy.functional import noisy
 from lightning_noisy.functional.noisy import HARD, HardFunction
-from lightning_noisy.kernels import fused
-from lightning_noisy.kernels.gaussian import draw_, gaussian_like
+from lightning_noisy.kernels import noisy as kernel
+from lightning_noisy.kernels.backend import in_memory_order
+from lightning_noisy.kernels.gaussian import draw_, gaussian_like, signed
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
 
@@ -145,8 +147,7 @@ class NoisyActivation(nn.Module):
             self.noise_state[1] += 1 - recomputing(self.noise_state).long()
         elif not is_recomputing():
             self.noise_state[1] += 1
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW, (rank + 1) * _NEXT_RANK % 2**64
+        return self.noise_state[0] + self.noise_state[1] * _NEXT_DRAW, _key_of_rank()
 
     def _draw(self, x: Tensor, first: Tensor, second: int) -> Tensor:
         """ε or ξ for each element of ``x``."""
@@ -201,35 +202,31 @@ class _OutputNoise(NoisyActivation):
             raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
         self.alpha = float(alpha)
 
-    def _train(self, x: Tensor) -> Tensor:
-        # Numbers are assigned in row-major order, so that the memory format doesn't change the noise.
-        sweep = self._sweep(x) if x.is_contiguous() else None
-        if sweep is None:
-            return super()._train(x)
-        first, second = self._next_key()
-        return cast(Tensor, _Fused.apply(x, self.p, self, sweep, (int(first), second)))
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the noisy activation; in evaluation mode, its expectation."""
+        p, buffers, noisy = self._parameters.get("p"), self._buffers, self.training
+        line = self.kernel_line() if kernel.takes(input, p, cast(Tensor, buffers["c"]), noisy=noisy) else None
+        if line is None:
+            return super().forward(input)
+        kernels, key = cast(kernel.Kernels, kernel.kernels_for(input)), None
+        if noisy:
+            state, again = cast(Tensor, buffers["noise_state"]), is_recomputing()
+            key = kernels.next_key(state, advance=not again, distance=_NEXT_DRAW, second=_key_of_rank())
+        c = kernels.keep(cast(Tensor, buffers["c"]))
+        if torch.is_grad_enabled() and (input.requires_grad or cast(Tensor, p).requires_grad):
+            x = input.clone() if self.inplace else input
+            output = cast(Tensor, _ByKernel.apply(x, p, self, c, key, line))
+        else:
+            output = kernels.forward(input, cast(Tensor, p), c, key, line)
+        return input.copy_(output) if self.inplace else output
 
-    def _sweep(self, x: Tensor) -> fused.OutputNoise | None:
-        """The fused implementation, or None if it doesn't support this module or input."""
-        line, p = self.hard_function, self.p
-        if torch.compiler.is_compiling() or line.slope is None or p is None or p.numel() > 1 or not fused.takes(x):
-            return None
-        if x.dtype != torch.float32:
-            return None
-        half_normal = self.noise == "half-normal"
-        return fused.OutputNoise(line.slope, line.offset, line.bounds, self.alpha, p.item(), self.c.item(), half_normal)
+    def kernel_line(self) -> kernel.Line | None:
+        """What the kernel needs of the options; None if h doesn't clip a rising line."""
+        return _line(self.hard_function, self.alpha, self.noise == "half-normal", self.training)
 
     def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         """The output for noise ``epsilon``."""
         return noisy.output_noise(x, epsilon, cast(Tensor, p), c, function=self.hard_function, alpha=self.alpha)
-
-    def _expected(self, x: Tensor) -> Tensor:
-        differentiable = torch.is_grad_enabled() and (x.requires_grad or cast(Tensor, self.p).requires_grad)
-        if not differentiable and (sweep := self._sweep(x)) is not None:
-            output = torch.empty_like(x)
-            sweep.expectation(fused.flat(x), fused.flat(output))
-            return output
-        return super()._expected(x)
 
     def expected(self, x: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         """The expectation of the output."""
@@ -243,34 +240,44 @@ class _OutputNoise(NoisyActivation):
         return f"{super().extra_repr()}, alpha={self.alpha:g}"
 
 
-class _Fused(torch.autograd.Function):
-    """Forward and backward pass of NAN and NAH in training on the CPU, with ``kernels.fused``."""
+class _ByKernel(torch.autograd.Function):
+    """Forward and backward pass of NAN and NAH by the kernel; the backward pass draws the noise again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, p: Tensor, module: _OutputNoise, sweep: fused.OutputNoise, key: tuple[int, int]
-    ) -> Tensor:
-        """Draw the noise and compute the output."""
-        output, weight = torch.empty_like(x), torch.empty_like(x)
-        sweep.forward(fused.flat(x), fused.flat(output), fused.flat(weight), key)
-        ctx.save_for_backward(x, p, weight)
-        ctx.module, ctx.sweep, ctx.key = module, sweep, key
-        return output
+    def forward(ctx: Any, x: Tensor, p: Tensor, module: _OutputNoise, *pass_of_kernel: Any) -> Tensor:
+        """The output."""
+        ctx.module, ctx.pass_of_kernel = module, pass_of_kernel
+        ctx.save_for_backward(x, p)
+        return cast(kernel.Kernels, kernel.kernels_for(x)).forward(x, p, *pass_of_kernel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input and p."""
-        x, p, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # for a second derivative: operations that autograd can differentiate
-            epsilon = ctx.module._draw(x, torch.tensor(ctx.key[0]), ctx.key[1])
-            y = noisy.output_noise(x, epsilon, p, ctx.sweep.c, function=ctx.module.hard_function, alpha=ctx.sweep.alpha)
-            inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
-            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
-            return (*(next(found) if wanted else None for wanted in needed), None, None, None)
-        gradient, result = gradient.contiguous(), torch.empty_like(x)
-        total = ctx.sweep.backward(fused.flat(x), fused.flat(weight), fused.flat(gradient), fused.flat(result))
-        return result, torch.full_like(p, total), None, None, None
+        x, p = ctx.saved_tensors
+        module, (c, key, line), needed = ctx.module, ctx.pass_of_kernel, ctx.needs_input_grad[:2]
+        if not torch.is_grad_enabled():
+            kernels, gradient = cast(kernel.Kernels, kernel.kernels_for(x)), in_memory_order(gradient, x)
+            return *kernels.backward(x, p, c, key, line, gradient, of_p=needed[1]), None, None, None, None
+        # For a second derivative: operations that autograd can differentiate.
+        wide, scale = x.float(), torch.as_tensor(c, device=x.device)
+        each = p.squeeze() if p.numel() == 1 or x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
+        if key is None:
+            y = module.expected(wide, each, scale)
+        else:
+            first = torch.as_tensor(signed(key[0]) if isinstance(key[0], int) else key[0], device=x.device)
+            y = module.noisy(wide, module._draw(wide, first, key[1]), each, scale)
+        inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(y.to(x.dtype), inputs, gradient, create_graph=True))
+        return (*(next(found) if wanted else None for wanted in needed), None, None, None, None)
+
+
+@lru_cache(1024)
+def _line(h: HardFunction, alpha: float, half: bool, training: bool) -> kernel.Line | None:
+    if h.slope is None or h.slope <= 0:
+        return None
+    # In evaluation the mean of |ξ|; that of ξ is 0.
+    level = 0.0 if training or not half else math.sqrt(2 / math.pi)
+    return kernel.Line(h.slope, h.offset, *h.bounds, alpha, level, half and training)
 
 
 class NAN(_OutputNoise):
@@ -366,6 +373,12 @@ class NANIS(NANI):
             lower, upper = self.hard_function.bounds
             saturated = (line <= lower) | (line >= upper)
         return torch.where(saturated, c.to(x.dtype), 0.0)
+
+
+def _key_of_rank() -> int:
+    """The second half of the noise's key: ranks see different samples, and draw different noise."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return (rank + 1) * _NEXT_RANK % 2**64
 
 
 def _hard_function(function: Function) -> tuple[HardFunction, str]:

@@ -16,8 +16,8 @@ from lightning_noisy._torch_internals import is_recomputing, recomputing
 from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.slopes import slope, value_and_slope, works_in_place
-from lightning_noisy.kernels import fused
-from lightning_noisy.nn.normalized_sweep import NormalizedSweep
+from lightning_noisy.kernels import normalized as kernel
+from lightning_noisy.kernels.backend import in_memory_order
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 
@@ -202,17 +202,33 @@ class NormalizedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the activation of ``input``."""
+        fast, alpha = None, self.alpha
+        if self.instance_dims is None and kernel.takes(input, alpha, self._buffers["running_mean"]):
+            fast = kernel.function_of(self.function)
         x = input.clone() if self.inplace else input
-        swept = self.training and self.instance_dims is None and not torch.compiler.is_compiling()
-        fast = fused.fused_function(self.function) if swept else None
-        if fast is not None and fused.takes(x):
-            with torch.autocast("cpu", enabled=False):
-                normalized = cast(Tensor, NormalizedSweep.apply(x, self.alpha, self, fast))
+        if fast is not None:
+            if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+                normalized = cast(Tensor, _ByKernel.apply(x, alpha, self, fast))
+            else:
+                normalized = self._by_kernel(x, alpha, fast)[0]
         elif x.numel() and (self.instance_dims is not None or self._looks_at_batch()):
             normalized = self._follow(x)
         else:
             normalized = normalize_output(self.function(x), self.scale, self.shift)
         return input.copy_(normalized) if self.inplace else normalized
+
+    def _by_kernel(self, x: Tensor, alpha: Tensor, fast: kernel.Function) -> tuple[Tensor, kernel.Kept]:
+        """The output, and what the backward pass needs of the statistics, which follow."""
+        mode = kernel.FROM_BUFFERS
+        statistics = [cast(Tensor, self._buffers[name]) for name in kernel.BUFFERS]
+        if self.training and (tracking := self._is_tracking()) | self.synchronized:
+            mode = kernel.FOLLOW if not self.synchronized else kernel.POOL if tracking else kernel.AS_POOLED
+        rule = kernel.Rule(self.momentum, *self.bounds, self.max_rejections, self.beta, _SMALLEST_GAIN)
+        kernels = cast(kernel.Kernels, kernel.kernels_for(x))
+        found = kernels.forward(fast, x, alpha, statistics, self.pending, rule, mode, self.stride)
+        if mode == kernel.FOLLOW:
+            torch.autograd.graph.increment_version(statistics)
+        return found
 
     def _is_tracking(self) -> bool:
         """Whether this forward pass updates statistics."""
@@ -305,34 +321,6 @@ class NormalizedActivation(nn.Module):
         self.num_rejected.copy_(torch.where(usable, in_a_row, self.num_rejected))
         self.num_batches_tracked.add_(usable)
 
-    def _update_on_cpu(self, found: tuple[float, ...]) -> None:
-        """The same with Python floats, in a tenth of the time that small tensors take."""
-        _, var_x, batch_mean, var_y, batch_rho_prime = found
-        batch_rho = var_y / var_x if var_x > 0 else math.nan
-        if not (batch_rho > _SMALLEST_GAIN and batch_rho_prime > _SMALLEST_GAIN):
-            return
-        if not abs(batch_mean) + batch_rho + batch_rho_prime < torch.finfo(torch.float32).max:  # not finite in float32
-            return
-        rejected = int(self.num_rejected)
-        running = (self.running_mean, self.running_rho, self.running_rho_prime)
-        mean, rho, gain_prime = map(float, running)
-        lower, upper = self.bounds
-        accepted = [lower * old < new < upper * old for old, new in ((rho, batch_rho), (gain_prime, batch_rho_prime))]
-        restart = int(self.num_batches_tracked) == 0 or (not all(accepted) and rejected >= self.max_rejections)
-        if restart:
-            values = (batch_mean, batch_rho, batch_rho_prime)
-        else:
-            m = self.momentum
-            values = (
-                mean + m * (batch_mean - mean),
-                rho + m * (batch_rho - rho) if accepted[0] else rho,
-                gain_prime + m * (batch_rho_prime - gain_prime) if accepted[1] else gain_prime,
-            )
-        for buffer, value in zip(running, values, strict=True):
-            buffer.fill_(value)
-        self.num_rejected.fill_(0 if restart or all(accepted) else rejected + 1)
-        self.num_batches_tracked.add_(1)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizedActivation:
         # Half precision would lose small updates of the running statistics: move them to a device, not to float16.
         before = dict(self._buffers)
@@ -362,6 +350,35 @@ class NormalizedActivation(nn.Module):
         options += [f"instance_dims={self.instance_dims}"] if self.instance_dims is not None else []
         options += ["synchronized=True"] if self.synchronized else []
         return ", ".join(function + options + (["inplace=True"] if self.inplace else []))
+
+
+class _ByKernel(torch.autograd.Function):
+    """Forward and backward pass of a normalized activation by the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, module: NormalizedActivation, fast: kernel.Function) -> Tensor:
+        """Update the statistics, and compute the output."""
+        output, ctx.kept = module._by_kernel(x, alpha, fast)
+        ctx.function, ctx.fast, ctx.beta = module.function, fast, module.beta
+        ctx.save_for_backward(x, alpha)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of input and α; the running statistics are constants."""
+        x, alpha = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if not torch.is_grad_enabled():
+            kernels, gradient = cast(kernel.Kernels, kernel.kernels_for(x)), in_memory_order(gradient, x)
+            of_x, of_alpha = kernels.backward(ctx.fast, x, gradient, ctx.kept, ctx.beta, alpha if needed[1] else None)
+            return of_x, of_alpha, None, None
+        # For a second derivative: operations that autograd can differentiate.
+        scale, shift, curve = torch.as_tensor(list(ctx.kept), dtype=x.dtype, device=x.device)
+        moved = scale - ctx.beta * curve + ctx.beta * torch.tanh(alpha.squeeze())
+        y = normalize_output(ctx.function(x), moved, shift)
+        inputs = [tensor for tensor, wanted in zip((x, alpha), needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+        return (*(next(found) if wanted else None for wanted in needed), None, None)  # type: ignore[return-value]
 
 
 def _gains(found: Moments) -> tuple[Tensor, Tensor, Tensor]:

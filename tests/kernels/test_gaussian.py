@@ -140,7 +140,7 @@ def test_gaussian_at_takes_any_addresses():
 
 @pytest.mark.parametrize("start", [0, 1, 246, 2**40 + 1])
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 127, 128, 129, 300_001])
-def test_draw_writes_what_the_reference_gives(start, count, any_kernel):
+def test_draw_writes_what_the_reference_gives(start, count, every_kernel):
     out = torch.full((count,), math.nan)
     expected = gaussian_at(KEY, torch.arange(start, start + count), 0.3)
     assert torch.equal(draw_(out, KEY, start=start, std=0.3), expected)
@@ -162,7 +162,7 @@ def test_draw_refuses_what_it_cannot_write_to(out, start):
 
 @pytest.mark.parametrize("counts", [[], [0], [5], [6, 2], [3, 0, 1, 70_000, 15]])
 @pytest.mark.parametrize("odd", [0, 1])
-def test_runs_are_drawn_one_after_the_other(counts, odd, any_kernel):
+def test_runs_are_drawn_one_after_the_other(counts, odd, every_kernel):
     keys = [substream(KEY, str(i)) for i in range(len(counts))]
     starts = [10 * i + odd * i for i in range(len(counts))]
     drawn = AddressRanges([first - 2**63 for first, _ in keys], starts, counts).moved(2**63).draw(KEY[1], 2.0)

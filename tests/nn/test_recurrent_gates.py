@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_readable_loop(gate, options, training, monke
 
         def loop(of_input, state, weight_hh, weight_hr, sides, sizes, *, reverse, **_):
             with monkeypatch.context() as patch:
-                patch.setattr("lightning_noisy.kernels.noisy.takes", lambda x: False)
+                patch.setattr("lightning_noisy.kernels.noisy.takes_columns", lambda x: False)
                 for side in sides:
                     getattr(side, "_side", side)._line = None
                 ready = recurrent._ready(sides)

@@ -1,4 +1,4 @@
-"""The sweeps of `kernels.fused` against the readable reference: plain torch operations and autograd."""
+"""Normalized and noisy modules: with kernels and without they are the same."""
 
 import copy
 
@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lightning_noisy.functional.slopes import slope
-from lightning_noisy.kernels import fused
+from lightning_noisy.kernels import noisy, normalized
 from lightning_noisy.nn import NAH, NAN, NANI, NANIL, NANIS, NormalizedActivation
 
 FUNCTIONS = [F.relu, nn.ReLU(), F.silu, nn.SiLU(), nn.LeakyReLU(0.2), F.leaky_relu, nn.GELU()]
@@ -23,40 +26,21 @@ def normal(*shape, dtype=torch.float32, seed=0):
 
 @pytest.fixture
 def reference(monkeypatch):
-    """AddressRanges a function with the sweeps switched off."""
+    """Runs a function without kernels."""
 
     def run(function, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_noisy.kernels.fused.takes", lambda x: False)
+            patch.setattr(normalized, "takes", lambda *arguments: False)
+            patch.setattr(noisy, "takes", lambda *arguments, **options: False)
             return function(*arguments)
 
     return run
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=IDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
-def test_kernels_give_value_and_derivative(function, dtype, tolerance):
-    x = torch.cat([normal(1000, dtype=dtype) * 3, torch.tensor([0.0, -0.0, 30.0, -30.0, 1e4, -1e4], dtype=dtype)])
-    value, derivative = torch.empty_like(x), torch.empty_like(x)
-    kernel = fused.fused_function(function)
-    kernel.value(x, value)
-    kernel.chain(torch.ones_like(x), x, value, derivative)
-    torch.testing.assert_close(value, function(x), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(derivative, slope(lambda x: function(x), x), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("size", [1, 1000, 3 * 2**16 + 7])
-@pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_moments_equal_numpy_also_far_from_zero(size, mean):
-    x = normal(size) + mean
-    y = torch.empty_like(x)
-    mean_x, var_x, mean_y, var_y, gain_prime = fused.moments(fused.fused_function(F.silu), x, y)
-    wide = x.double().numpy()
-    s = 1 / (1 + np.exp(-wide))
-    expected = wide.mean(), wide.var(), (wide * s).mean(), (wide * s).var(), ((s * (1 + wide * (1 - s))) ** 2).mean()
-    np.testing.assert_allclose(
-        [mean_x, var_x, mean_y, var_y, gain_prime], expected, rtol=2e-4 if mean else 1e-5, atol=1e-9
-    )
+@pytest.fixture(params=[True, False], ids=["kernel", "reference"])
+def either(request, reference):
+    """Runs a function with or without kernels."""
+    return (lambda run: run()) if request.param else reference
 
 
 def steps(function, dtype, shape=(16, 6, 5, 5), inplace=False):
@@ -82,9 +66,8 @@ def test_training_is_that_of_the_reference(function, dtype, tolerance, reference
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("sweeps", [True, False])
 @pytest.mark.parametrize("shape", [(20, 6, 3, 3), (2, 40), (40,)])
-def test_strided_statistics_are_those_of_every_nth_sample(sweeps, shape, reference):
+def test_strided_statistics_are_those_of_every_nth_sample(shape, either):
     def run():
         strided, plain = NormalizedActivation(F.silu, stride=4), NormalizedActivation(F.silu)
         x = normal(*shape).requires_grad_()
@@ -96,11 +79,10 @@ def test_strided_statistics_are_those_of_every_nth_sample(sweeps, shape, referen
         torch.testing.assert_close(y, plain.eval()(x))
         torch.testing.assert_close(x.grad, plain.scale.detach() * slope(F.silu, x.detach()))
 
-    run() if sweeps else reference(run)
+    either(run)
 
 
-@pytest.mark.parametrize("sweeps", [True, False])
-def test_beta_bounds_what_alpha_does_and_alpha_need_not_learn(sweeps, reference):
+def test_beta_bounds_what_alpha_does_and_alpha_need_not_learn(either):
     def run():
         module, x = NormalizedActivation(F.relu, beta=0.5), normal(30)
         module(x)
@@ -120,7 +102,7 @@ def test_beta_bounds_what_alpha_does_and_alpha_need_not_learn(sweeps, reference)
         assert module.alpha.grad.item() == pytest.approx(expected, abs=1e-4)
         assert not NormalizedActivation(F.relu, learn_alpha=False).alpha.requires_grad
 
-    run() if sweeps else reference(run)
+    either(run)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +156,13 @@ def test_no_more_is_saved_for_backward_than_the_input():
 
 
 def test_functions_without_a_kernel_go_the_general_way():
-    assert fused.fused_function(torch.sin) is None
-    assert fused.fused_function(nn.Mish()) is None
+    assert normalized.function_of(torch.sin) is None
+    assert normalized.function_of(nn.Mish()) is None
 
     class Own(nn.ReLU):
         pass
 
-    assert fused.fused_function(Own()) is None
+    assert normalized.function_of(Own()) is None
 
 
 def noisy_steps(cls, function, alpha, p, size):
@@ -278,3 +260,29 @@ def test_ranks_draw_different_noise(monkeypatch):
 
     assert abs(np.corrcoef(draw(0), draw(1))[0, 1]) < 4.5 / 20_000**0.5
     np.testing.assert_array_equal(draw(1), draw(1))
+
+
+@pytest.mark.parametrize("make", [lambda: NormalizedActivation(F.silu), NAH])
+@pytest.mark.parametrize("training", [True, False])
+def test_tracers_counters_and_forward_mode_see_operations(make, training):
+    x = normal(40)
+    module = make().train(training)
+    module(x)
+    graph = make_fx(module)(x).graph
+    assert len([node for node in graph.nodes if node.op == "call_function"]) > 3
+    with forward_ad.dual_level():
+        _, tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(x, torch.ones_like(x))))
+        assert tangent is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert module(x).shape == x.shape
+    assert module(x).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [lambda: NormalizedActivation(F.silu), NAH])
+def test_double_precision_modules_and_buffers_of_others_are_let_be(make):
+    module = make().double()
+    assert module(normal(40).double()).dtype == torch.float64
+    module = make()
+    module.register_buffer("of_others", torch.zeros(3))
+    assert module(normal(40)).isfinite().all()
+    module.of_others += 1
