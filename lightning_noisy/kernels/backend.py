@@ -74,9 +74,10 @@ def _triton(name: str) -> ModuleType | None:
 
 def is_plain(x: Tensor) -> bool:
     """Whether a tensor is nothing but numbers in memory, and nobody traces or transforms what is done with it."""
+    cls = type(x)
     return (
         not torch.compiler.is_compiling()
-        and (type(x) is Tensor or type(x) is nn.Parameter)
+        and (cls is Tensor or cls is nn.Parameter)
         and x.layout is torch.strided
         and not x.is_neg()
         and not is_transforming()

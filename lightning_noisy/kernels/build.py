@@ -84,18 +84,21 @@ def _any_library(capability: str) -> ctypes.CDLL:
                 return _load(path)
             except OSError:  # of another system, or damaged
                 continue
-    try:
-        for path in _cached(capability):
-            with _temporary_folder(path.parent) as folder:
-                compile_library(folder / path.name, capability)
-                loaded = _load(folder / path.name)
-                os.replace(folder / path.name, path)
+    reason = ""
+    for kept in (*_cached(capability), None):
+        try:
+            with _temporary_folder(kept and kept.parent) as folder:
+                made = folder / library_name(capability)
+                compile_library(made, capability)
+                loaded = _load(made)
+                if kept is not None:
+                    os.replace(made, kept)
                 return loaded
-        with _temporary_folder(None) as folder:
-            compile_library(folder / library_name(capability), capability)
-            return _load(folder / library_name(capability))
-    except (OSError, ValueError) as error:
-        raise CompileError(str(error)) from error
+        except OSError as error:  # nothing can be written there, or nothing there may be run
+            reason = str(error)
+        except ValueError as error:
+            raise CompileError(str(error)) from error
+    raise CompileError(reason)
 
 
 def _cached(capability: str) -> Iterator[Path]:

@@ -234,6 +234,24 @@ static int use(const double *batch, float *const *running, int64_t *tracked, int
     return 0;
 }
 
+// scale, from the statistics and alpha, whose hyperbolic tangent is curve.
+static double scale_of(const double *used, double beta, double curve)
+{
+    return sqrt((used[1] + used[2]) / (2.0 * used[1] * used[2])) + beta * curve;
+}
+
+// The forward pass in evaluation.
+void normalized_values(const float *x, float *y, int64_t count, int kind, const struct options *function, double beta,
+                       const float *alpha, const float *mean, const float *rho, const float *rho_prime, int threads)
+{
+    double used[3] = {*mean, *rho, *rho_prime}, scale = scale_of(used, beta, tanh((double)*alpha));
+    work w = {
+        .kind = (enum kind)kind, .options = function, .x = x, .out = y, .count = count, .scale = (float)scale,
+        .constant = (float)(-scale * used[0]),
+    };
+    run(take_values, &w, threads);
+}
+
 // The forward pass. x and y: ``count`` elements in the same order; of these, the statistics are those of rows of ``columns``
 // elements, ``step`` apart. options: momentum, L, U, most rejections, beta, smallest usable gain. kept gets the scale, the
 // shift and tanh(alpha), for the backward pass. pending (NULL unless mode is POOL) gets the sums added.
@@ -272,9 +290,8 @@ void normalized_forward(const float *x, float *y, int64_t count, int64_t columns
                 used[i] = *running[i];
     }
     double curve = tanh((double)*alpha);
-    double scale = sqrt((used[1] + used[2]) / (2.0 * used[1] * used[2])) + options[4] * curve;
-    if (kept)
-        kept[0] = scale, kept[1] = used[0], kept[2] = curve;
+    double scale = scale_of(used, options[4], curve);
+    kept[0] = scale, kept[1] = used[0], kept[2] = curve;
     w.out = y, w.count = count, w.scale = (float)scale, w.constant = (float)(-scale * used[0]);
     run(mode == FROM_BUFFERS || twice ? take_values : rescale, &w, threads);
 }

@@ -167,6 +167,9 @@ class Kernels(Protocol):
             The values, and what the backward pass needs.
         """
 
+    def values(self, function: Function, x: Tensor, alpha: Tensor, statistics: Statistics, beta: float) -> Tensor:
+        """The values with the running statistics as they are: those of ``forward`` with FROM_BUFFERS."""
+
     def backward(
         self, function: Function, x: Tensor, gradient: Tensor, kept: Kept, beta: float, alpha: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -191,7 +194,7 @@ def takes(x: Tensor, alpha: Tensor, mean: Tensor | None) -> bool:
         and type(mean) is Tensor
         and (type(alpha) is nn.Parameter or type(alpha) is Tensor)
         and mean.dtype is alpha.dtype is torch.float32
-        and alpha.device == mean.device == x.device
+        and ((x.is_cpu and alpha.is_cpu and mean.is_cpu) or alpha.device == mean.device == x.device)
         and kernels_for(x) is not None
     )
 
@@ -214,6 +217,9 @@ def slopes(function: Function, x: Tensor, out: Tensor | None = None) -> Tensor |
     return None
 
 
+_Kept = ctypes.c_double * 3
+
+
 class _Compiled:
     """Those of ``normalized.c``, for float32 on the CPU; see :class:`Kernels`."""
 
@@ -224,6 +230,9 @@ class _Compiled:
         )
         self._backward = compiled_function(
             "normalized_backward", [*[pointer] * 3, size, *kind, ctypes.c_double, *[pointer] * 2, integer]
+        )
+        self._values = compiled_function(
+            "normalized_values", [*[pointer] * 2, size, *kind, ctypes.c_double, *[pointer] * 4, integer]
         )
         self._slopes = compiled_function("normalized_slopes", [*[pointer] * 2, size, *kind])
 
@@ -238,7 +247,7 @@ class _Compiled:
         mode: int,
         stride: int = 1,
     ) -> tuple[Tensor, Kept]:
-        y, kept, count = torch.empty_like(x), (ctypes.c_double * 3)(), x.numel()
+        y, kept, count = torch.empty_like(x), _Kept(), x.numel()
         columns = step = count
         if stride > 1 and x.dim():
             columns = count // len(x)
@@ -260,6 +269,23 @@ class _Compiled:
             threads_for(count),
         )
         return y, kept
+
+    def values(self, function: Function, x: Tensor, alpha: Tensor, statistics: Statistics, beta: float) -> Tensor:
+        y, count = torch.empty_like(x), x.numel()
+        self._values(
+            x.data_ptr(),
+            y.data_ptr(),
+            count,
+            function.kind,
+            _options(function),
+            beta,
+            alpha.data_ptr(),
+            statistics[0].data_ptr(),
+            statistics[1].data_ptr(),
+            statistics[2].data_ptr(),
+            threads_for(count),
+        )
+        return y
 
     def backward(
         self, function: Function, x: Tensor, gradient: Tensor, kept: Kept, beta: float, alpha: Tensor | None
@@ -337,6 +363,7 @@ def _differs_little(
     value, kept = kernels.forward(function, x, alpha, buffers, None, rule, FOLLOW)
     of_x, of_alpha = kernels.backward(function, x, x, kept, 0.3, alpha)
     pairs = [
+        (kernels.values(function, x, alpha, buffers, 0.3), scale * (y - mean)),
         (value, scale * (y - mean)),
         (of_x, wide * scale * slope),
         (of_alpha, 0.3 * (1 - curve**2) * (wide * (y - mean)).sum()[None]),

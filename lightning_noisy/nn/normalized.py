@@ -209,6 +209,10 @@ class NormalizedActivation(nn.Module):
         if fast is not None:
             if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
                 normalized = cast(Tensor, _ByKernel.apply(x, alpha, self, fast))
+            elif not self.training:
+                buffers, kernels = self._buffers, cast(kernel.Kernels, kernel.kernels_for(x))
+                running = [buffers[name] for name in kernel.BUFFERS]
+                normalized = kernels.values(fast, x, alpha, cast(list[Tensor], running), self.beta)
             else:
                 normalized = self._by_kernel(x, alpha, fast)[0]
         elif x.numel() and (self.instance_dims is not None or self._looks_at_batch()):
@@ -219,15 +223,15 @@ class NormalizedActivation(nn.Module):
 
     def _by_kernel(self, x: Tensor, alpha: Tensor, fast: kernel.Function) -> tuple[Tensor, kernel.Kept]:
         """The output, and what the backward pass needs of the statistics, which follow."""
-        mode = kernel.FROM_BUFFERS
-        statistics = [cast(Tensor, self._buffers[name]) for name in kernel.BUFFERS]
+        mode, buffers = kernel.FROM_BUFFERS, self._buffers
+        statistics = [buffers[name] for name in kernel.BUFFERS]
         if self.training and (tracking := self._is_tracking()) | self.synchronized:
             mode = kernel.FOLLOW if not self.synchronized else kernel.POOL if tracking else kernel.AS_POOLED
         rule = kernel.Rule(self.momentum, *self.bounds, self.max_rejections, self.beta, _SMALLEST_GAIN)
         kernels = cast(kernel.Kernels, kernel.kernels_for(x))
-        found = kernels.forward(fast, x, alpha, statistics, self.pending, rule, mode, self.stride)
+        found = kernels.forward(fast, x, alpha, cast(list[Tensor], statistics), self.pending, rule, mode, self.stride)
         if mode == kernel.FOLLOW:
-            torch.autograd.graph.increment_version(statistics)
+            torch.autograd.graph.increment_version(cast(list[Tensor], statistics))
         return found
 
     def _is_tracking(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_noisy.kernels.triton.functions import value_and_slope
 from lightning_noisy.kernels.triton.gaussian import INTERPRETED, device_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "values"]
 
 _BLOCK = tl.constexpr(1 << 13 if INTERPRETED else 1024)
 _MOST_PROGRAMS = 1024
@@ -210,6 +210,11 @@ def forward(
         )  # fmt: skip
         _values[(triton.cdiv(count, _BLOCK.value),)](x, y, kept, count, *options, KIND=kind)
     return y, kept
+
+
+def values(function: Any, x: Tensor, alpha: Tensor, statistics: Sequence[Tensor], beta: float) -> Tensor:
+    """As ``values`` of ``kernels.normalized``."""
+    return forward(function, x, alpha, statistics, None, (0.0, 0.0, 0.0, 0.0, beta, 0.0), 0)[0]
 
 
 def backward(
