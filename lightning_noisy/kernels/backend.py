@@ -83,7 +83,17 @@ def is_plain(x: Tensor) -> bool:
         and not is_transforming()
         and not is_watched()
         and not torch.jit.is_tracing()
+        and _has_memory(x)
     )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether a tensor has memory: not one that stands for a batch of gradients."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_dense(x: Tensor) -> bool:

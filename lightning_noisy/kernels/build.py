@@ -26,7 +26,7 @@ __all__ = ["compiled_function", "library", "threads_for", "why_not"]
 
 BUILT = FOLDER / "built"
 _NEW_THREAD = 1 << 18  # elements for which starting a thread, which takes up to 0.1 ms, pays
-_AWAKE_THREAD = 1 << 14  # the same for torch's own
+_AWAKE_THREAD = 1 << 15  # the same for torch's own, as in torch
 
 
 def library() -> ctypes.CDLL | None:
@@ -137,6 +137,8 @@ def _flushes_denormals() -> bool:
 def _share_threads(use: Any) -> None:
     """Let the library use the threads of torch's OpenMP, if torch was built with one that is found."""
     global _grain
+    if _forked:  # the parent's threads, which aren't there, may be known already
+        return
     try:
         torch_library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
         pool = ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p)
@@ -146,9 +148,23 @@ def _share_threads(use: Any) -> None:
     use(pool)
     _grain = _AWAKE_THREAD
 
-    def forget() -> None:
-        global _grain
-        use(None)
-        _grain = _NEW_THREAD
+    global _stop_sharing
+    _stop_sharing = lambda: use(None)  # noqa: E731
 
-    os.register_at_fork(after_in_child=forget)  # the child has no such threads
+
+_forked = False
+
+
+def _stop_sharing() -> None:
+    """Let the library start threads of its own."""
+
+
+def _after_fork() -> None:
+    """The child has none of the parent's threads."""
+    global _grain, _forked
+    _stop_sharing()
+    _grain, _forked = _NEW_THREAD, True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

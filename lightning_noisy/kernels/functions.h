@@ -128,19 +128,19 @@ INLINE float value_and_slope(enum kind kind, struct options o, float x, float *s
     if (kind == SILU) {
         float other, s = two_sigmoids(x, &other);
         *slope = s * FMA(clamped(x, -100.0f, 100.0f), other, 1.0f);
-        return x * s;
+        return (x < -100.0f ? -100.0f : x) * s;  // whose sigmoid is not exactly 0
     }
     if (kind == GELU) {
         float phi, density;
         normal(x, &phi, &density);
         *slope = FMA(clamped(x, -14.0f, 14.0f), density, phi);
-        return x * phi;
+        return (x < -14.0f ? -14.0f : x) * phi;
     }
     if (kind == GELU_TANH) {
         float c = clamped(x, -20.0f, 20.0f), square = c * c;
         float other, s = two_sigmoids(1.59576912f * c * FMA(square, 0.044715f, 1.0f), &other);
         *slope = FMA(c * (s * other), 1.59576912f * FMA(square, 0.134145f, 1.0f), s);
-        return x * s;
+        return (x < -20.0f ? -20.0f : x) * s;
     }
     if (kind == TANH) {
         float y = tanh_of(x);
@@ -148,9 +148,10 @@ INLINE float value_and_slope(enum kind kind, struct options o, float x, float *s
         return y;
     }
     if (kind == ELU) {  // b x, or where x <= 0 a (exp(x) - 1)
-        float m = expm1_of(x);
-        *slope = x > 0.0f ? o.b : o.a * (m + 1.0f);
-        return x > 0.0f ? o.b * x : o.a * m;
+        float scale, rest;
+        split_exp(x, &scale, &rest);
+        *slope = x > 0.0f ? o.b : o.a * FMA(scale, rest, scale);
+        return x > 0.0f ? o.b * x : o.a * FMA(scale, rest, scale - 1.0f);
     }
     float other, s = two_sigmoids(x, &other);
     *slope = s * other;

@@ -118,16 +118,13 @@ struct columns {
     float *value, *slope, *by_p;
     int64_t rows, blocks, columns, x_stride, noise_stride;
     struct line line;
-    int threads;
+    int64_t part;  // rows at once
     atomic_int_fast64_t next;
 };
 
-static void take_rows(void *argument)
+static void take_some_rows(const struct columns *w, int64_t first, int64_t last, float *by_p)
 {
-    struct columns *w = argument;
-    int64_t row = w->blocks * w->columns, part = atomic_fetch_add(&w->next, 1);
-    int64_t first = w->rows * part / w->threads, last = w->rows * (part + 1) / w->threads;
-    float *by_p = w->by_p ? w->by_p + part * row : NULL;
+    int64_t row = w->blocks * w->columns;
     for (int64_t i = first; i < last; i++)
         for (int64_t block = 0; block < w->blocks; block++)
             for (int64_t start = 0; start < w->columns; start += CHUNK) {
@@ -147,16 +144,26 @@ static void take_rows(void *argument)
             }
 }
 
+static void take_rows(void *argument)
+{
+    struct columns *w = argument;
+    int64_t row = w->blocks * w->columns;
+    for (int64_t part; part = atomic_fetch_add(&w->next, 1), part * w->part < w->rows;) {
+        int64_t first = part * w->part, last = first + w->part < w->rows ? first + w->part : w->rows;
+        take_some_rows(w, first, last, w->by_p ? w->by_p + part * row : NULL);
+    }
+}
+
 // A p and a c for each column. x has the shape (rows, blocks * columns), its rows x_stride apart. The noise, which may be
 // NULL, has the shape (blocks, rows, columns), with its blocks noise_stride apart; p and c (blocks * columns,); all else the
 // shape of x. Written are what isn't NULL of the values, the slopes (times the gradient, if there is one), and by_p: for
-// each thread a row, the sums over rows of the gradient times the derivative by p.
+// each part of the rows one, the sums of the gradient times the derivative by p.
 void noisy_columns(const float *x, const float *noise, const float *p, const float *c, const float *gradient, float *value,
                    float *slope, float *by_p, int64_t rows, int64_t blocks, int64_t columns, int64_t x_stride,
-                   int64_t noise_stride, const struct line *line, int threads)
+                   int64_t noise_stride, const struct line *line, int64_t part, int threads)
 {
     struct columns w = {
-        x, noise, p, c, gradient, value, slope, by_p, rows, blocks, columns, x_stride, noise_stride, *line, threads, 0,
+        x, noise, p, c, gradient, value, slope, by_p, rows, blocks, columns, x_stride, noise_stride, *line, part, 0,
     };
     in_parallel(take_rows, &w, threads);
 }

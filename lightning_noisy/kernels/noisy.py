@@ -78,15 +78,18 @@ class Kernels(Protocol):
         """The gradients of x and p, from that of the values, in the memory order of x."""
 
 
-def takes(x: Tensor, p: Tensor | None, c: Tensor, *, noisy: bool) -> bool:
-    """Whether there is a kernel for an input and its parameters."""
+def takes(x: Tensor, p: Tensor | None, c: Tensor | None, state: Tensor | None, *, noisy: bool) -> bool:
+    """Whether there is a kernel for an input, its parameters and the state of the noise."""
     if not (is_plain(x) and is_dense(x)) or p is None or not (type(p) is nn.Parameter or type(p) is Tensor):
+        return False
+    if c is None or c.requires_grad or state is None or state.dtype is not torch.int64 or not state.is_contiguous():
         return False
     single = p.numel() == 1
     return (
         p.dtype is c.dtype is torch.float32
-        and type(c) is Tensor
-        and p.device == c.device == x.device
+        and type(c) is type(state) is Tensor
+        and not (p.is_neg() or c.is_neg())
+        and p.device == c.device == state.device == x.device
         and p.is_contiguous()
         and (x.is_contiguous() or (not noisy and single))  # noise is assigned in row-major order
         and (single or (x.is_cpu and x.dim() > 1 and len(p) == x.shape[1]))
@@ -127,7 +130,7 @@ def output_noise(
 
 def derivative_by_p(x: Tensor, noise: Tensor | None, p: Tensor, c: Tensor, line: Line, gradient: Tensor) -> Tensor:
     """Of each column the sum of the gradient (contiguous) times the derivative by p; the rest as in output_noise."""
-    sums = torch.zeros(threads_for(x.numel()), x.shape[1], dtype=torch.float32, device="cpu")
+    sums = _sums_of_parts(x)
     _for_columns().columns(x, noise, p, c, line, gradient=gradient, by_p=sums)
     return sums.sum(0)
 
@@ -137,7 +140,7 @@ class _Compiled:
 
     def __init__(self) -> None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        self._columns = compiled_function("noisy_columns", [*[pointer] * 8, *[size] * 5, pointer, integer])
+        self._columns = compiled_function("noisy_columns", [*[pointer] * 8, *[size] * 5, pointer, size, integer])
         self._elements = compiled_function(
             "noisy_elements",
             [*[pointer] * 2, ctypes.c_float, *[pointer] * 4, *[size] * 3, integer, *[size] * 2, pointer, integer],
@@ -164,7 +167,7 @@ class _Compiled:
     ) -> tuple[Tensor, Tensor | None]:
         slope = torch.empty_like(x)
         if x.dim() == 2 and p.numel() > 1:
-            sums = torch.zeros(threads_for(x.numel()), len(p), dtype=torch.float32, device="cpu") if of_p else None
+            sums = _sums_of_parts(x) if of_p else None
             noise, each = _noise(x, key), torch.full_like(p, c)
             self.columns(x, noise, p, each, line, gradient=gradient, slope=slope, by_p=sums)
             return slope, None if sums is None else sums.sum(0)
@@ -193,7 +196,8 @@ class _Compiled:
             x.stride(0),
             0 if noise is None else noise.stride(0),
             _struct(line),
-            threads_for(x.numel()) if by_p is None else len(by_p),
+            _rows_at_once(x),
+            threads_for(x.numel()),
         )
 
     def elements(
@@ -225,8 +229,19 @@ class _Compiled:
         )
 
 
+def _rows_at_once(x: Tensor) -> int:
+    """How many rows are summed in single precision; whatever the number of threads."""
+    return min(1024, max(1, (1 << 15) // x.shape[1]))
+
+
+def _sums_of_parts(x: Tensor) -> Tensor:
+    return torch.zeros(-(-len(x) // _rows_at_once(x)), x.shape[1], dtype=torch.float32, device="cpu")
+
+
 def _noise(x: Tensor, key: Key | None) -> Tensor | None:
-    return None if key is None else draw_(torch.empty(x.numel(), dtype=torch.float32), key).view(1, *x.shape)
+    return (
+        None if key is None else draw_(torch.empty(x.numel(), dtype=torch.float32, device="cpu"), key).view(1, *x.shape)
+    )
 
 
 @lru_cache(1024)
@@ -240,7 +255,7 @@ def _compiled() -> _Compiled | None:
     if library() is None:
         return None
     kernels = _Compiled()
-    return kernels if _is_right(kernels, torch.device("cpu")) and _columns_are_right(kernels) else None
+    return kernels if all(check(kernels, torch.device("cpu")) for check in (_is_right, _columns_are_right)) else None
 
 
 def _for_columns() -> _Compiled:
@@ -284,12 +299,16 @@ def _is_right(kernels: Kernels, device: torch.device) -> bool:
     return same and state.tolist() == [3, 1]
 
 
+@checked
 @torch.no_grad()
-def _columns_are_right(kernels: _Compiled) -> bool:
+def _columns_are_right(kernels: _Compiled, device: torch.device) -> bool:
     """Whether those of columns are those of elements."""
-    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
     x, ones, key = torch.tensor([[3.0, 0.5, -1.5, -40.0]], **options), torch.ones(4, **options), (3, 5)
-    noise, value, slope, by_p = gaussian_at(key, torch.arange(4, device="cpu"))[None, None], *torch.zeros(3, 1, 4)
+    noise, value, slope, by_p = (
+        gaussian_at(key, torch.arange(4, device="cpu"))[None, None],
+        *torch.zeros(3, 1, 4, **options),
+    )
     kernels.columns(x, noise, ones, ones, _CHECKED, gradient=ones, value=value, slope=slope, by_p=by_p)
     of_x, of_p = kernels.backward(x[0], ones[:1], 1.0, key, _CHECKED, ones, of_p=True)
     pairs = [

@@ -68,7 +68,7 @@ SHARED void add_moments(const float *restrict x, int64_t n, double *sums)
     float origin = (float)mean;
     SUM(square, n, (x[j] - origin) * (x[j] - origin));
     sums[0] += mean * (double)n;
-    sums[1] += square + mean * mean * (double)n;
+    sums[1] += square + (mean * mean - (mean - origin) * (mean - origin)) * (double)n;
 }
 
 SHARED float sum_of_squares(const float *restrict d, int64_t n)
@@ -282,7 +282,9 @@ void normalized_forward(const float *x, float *y, int64_t count, int64_t columns
         }
         double mean_x = total[0] / n, mean_y = total[2] / n;
         double var_x = total[1] / n - mean_x * mean_x, var_y = total[3] / n - mean_y * mean_y;
-        double batch[3] = {mean_y, var_x > 0 ? var_y / var_x : NAN, total[4] / n};
+        // A smaller variance is rounding: of a constant, or of numbers whose squares are hardly larger than 0.
+        int varies = var_x > 1e-11 * mean_x * mean_x && var_x > 1e-36;
+        double batch[3] = {mean_y, varies ? var_y / var_x : NAN, total[4] / n};
         if (use(batch, running, tracked, rejected, options, mode))
             memcpy(used, batch, sizeof used);
         else

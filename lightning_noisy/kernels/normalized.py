@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_noisy._torch_internals import has_hooks
 from lightning_noisy.kernels.backend import HALF_TOO, checked, choice, is_dense, is_plain, triton_kernels
 from lightning_noisy.kernels.build import compiled_function, library, threads_for
 
@@ -107,7 +108,7 @@ def function_of(function: object) -> Function | None:
     """
     if isinstance(function, nn.Module):
         make = _MODULES.get(type(function))
-        return make(function) if make else None
+        return make(function) if make and not has_hooks(function) else None
     return _FUNCTIONS.get(id(function), (None, None))[1]
 
 
@@ -185,18 +186,29 @@ class Kernels(Protocol):
         """
 
 
-def takes(x: Tensor, alpha: Tensor, mean: Tensor | None) -> bool:
-    """Whether there is a kernel for a pre-activation, α and a running statistic."""
+def takes(x: Tensor, alpha: Tensor, buffers: Mapping[str, Tensor | None]) -> bool:
+    """Whether there is a kernel for a pre-activation, α and running statistics."""
+    mean = buffers.get("running_mean")
     return (
         is_plain(x)
         and is_dense(x)
         and mean is not None
         and type(mean) is Tensor
         and (type(alpha) is nn.Parameter or type(alpha) is Tensor)
-        and mean.dtype is alpha.dtype is torch.float32
+        and alpha.dtype is torch.float32
+        and alpha.numel() == 1
+        and not alpha.is_neg()
         and ((x.is_cpu and alpha.is_cpu and mean.is_cpu) or alpha.device == mean.device == x.device)
+        and all(_is_buffer(buffers.get(name), dtype) for name, dtype in _DTYPES)
         and kernels_for(x) is not None
     )
+
+
+_DTYPES = [(name, torch.int64 if name.startswith("num") else torch.float32) for name in BUFFERS]
+
+
+def _is_buffer(x: Tensor | None, dtype: torch.dtype) -> bool:
+    return type(x) is Tensor and x.dtype is dtype and not x.requires_grad and not x.is_neg()
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

@@ -14,7 +14,7 @@ from lightning_noisy._torch_internals import is_recomputing, is_transforming, me
 from lightning_noisy.functional import noisy
 from lightning_noisy.functional.noisy import HARD, HardFunction
 from lightning_noisy.kernels import noisy as kernel
-from lightning_noisy.kernels.backend import in_memory_order
+from lightning_noisy.kernels.backend import in_memory_order, is_dense, is_plain
 from lightning_noisy.kernels.gaussian import draw_, gaussian_like, signed
 
 __all__ = ["NAH", "NAN", "NANI", "NANIL", "NANIS", "NoisyActivation"]
@@ -205,7 +205,8 @@ class _OutputNoise(NoisyActivation):
     def forward(self, input: Tensor) -> Tensor:
         """Apply the noisy activation; in evaluation mode, its expectation."""
         p, buffers, noisy = self._parameters.get("p"), self._buffers, self.training
-        line = self.kernel_line() if kernel.takes(input, p, cast(Tensor, buffers["c"]), noisy=noisy) else None
+        taken = kernel.takes(input, p, buffers.get("c"), buffers.get("noise_state"), noisy=noisy)
+        line = self.kernel_line() if taken and not self._is_overridden() else None
         if line is None:
             return super().forward(input)
         kernels, key = cast(kernel.Kernels, kernel.kernels_for(input)), None
@@ -222,7 +223,15 @@ class _OutputNoise(NoisyActivation):
 
     def kernel_line(self) -> kernel.Line | None:
         """What the kernel needs of the options; None if h doesn't clip a rising line."""
-        return _line(self.hard_function, self.alpha, self.noise == "half-normal", self.training)
+        h = self.hard_function
+        if h.slope is None or h.slope <= 0:
+            return None
+        return _line(h.slope, h.offset, h.bounds, self.alpha, self.noise == "half-normal", self.training)
+
+    def _is_overridden(self) -> bool:
+        """Whether a subclass has formulas of its own."""
+        cls = type(self)
+        return (cls.noisy, cls.expected, cls._draw) != (_OutputNoise.noisy, _OutputNoise.expected, _OutputNoise._draw)
 
     def noisy(self, x: Tensor, epsilon: Tensor, p: Tensor | None, c: Tensor) -> Tensor:
         """The output for noise ``epsilon``."""
@@ -255,29 +264,40 @@ class _ByKernel(torch.autograd.Function):
         """Gradients of input and p."""
         x, p = ctx.saved_tensors
         module, (c, key, line), needed = ctx.module, ctx.pass_of_kernel, ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():
+        dense = is_plain(x) and (x.is_contiguous() or (key is None and is_dense(x)))  # hooks may have changed that
+        if dense and is_plain(gradient) and not torch.is_grad_enabled():
             kernels, gradient = cast(kernel.Kernels, kernel.kernels_for(x)), in_memory_order(gradient, x)
             return *kernels.backward(x, p, c, key, line, gradient, of_p=needed[1]), None, None, None, None
-        # For a second derivative: operations that autograd can differentiate.
+        # For a second derivative, and for what the kernel doesn't take: operations that autograd can differentiate.
+        again = torch.is_grad_enabled()
+        if not again:
+            x, p = x.detach().requires_grad_(), p.detach().requires_grad_()
+        with torch.enable_grad():
+            y = _ByKernel._output(module, x, p, c, key)
+        inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=again, allow_unused=True))
+        return (*(next(found) if wanted else None for wanted in needed), None, None, None, None)
+
+    @staticmethod
+    def _output(module: _OutputNoise, x: Tensor, p: Tensor, c: Any, key: Any) -> Tensor:
+        """The output by operations."""
         wide, scale = x.float(), torch.as_tensor(c, device=x.device)
         each = p.squeeze() if p.numel() == 1 or x.dim() < 2 else p.view(-1, *[1] * (x.dim() - 2))
         if key is None:
-            y = module.expected(wide, each, scale)
-        else:
-            first = torch.as_tensor(signed(key[0]) if isinstance(key[0], int) else key[0], device=x.device)
-            y = module.noisy(wide, module._draw(wide, first, key[1]), each, scale)
-        inputs = [tensor for tensor, wanted in zip((x, p), needed, strict=True) if wanted]
-        found = iter(torch.autograd.grad(y.to(x.dtype), inputs, gradient, create_graph=True))
-        return (*(next(found) if wanted else None for wanted in needed), None, None, None, None)
+            return module.expected(wide, each, scale).to(x.dtype)
+        first = torch.as_tensor(signed(key[0]) if isinstance(key[0], int) else key[0], device=x.device)
+        return module.noisy(wide, module._draw(wide, first, key[1]), each, scale).to(x.dtype)
 
 
 @lru_cache(1024)
-def _line(h: HardFunction, alpha: float, half: bool, training: bool) -> kernel.Line | None:
-    if h.slope is None or h.slope <= 0:
-        return None
+def _line(
+    slope: float, offset: float, bounds: tuple[float, float], alpha: float, half: bool, training: bool
+) -> kernel.Line:
+    if alpha > 1:
+        alpha = max(alpha, 1 + 2**-23)  # which is more than 1 in float32, too
     # In evaluation the mean of |ξ|; that of ξ is 0.
     level = 0.0 if training or not half else math.sqrt(2 / math.pi)
-    return kernel.Line(h.slope, h.offset, *h.bounds, alpha, level, half and training)
+    return kernel.Line(slope, offset, *bounds, alpha, level, half and training)
 
 
 class NAN(_OutputNoise):

@@ -17,7 +17,7 @@ from lightning_noisy.functional.moments import Moments, moments, pooled, sums
 from lightning_noisy.functional.normalized import normalization_factor, normalize_output, update_running
 from lightning_noisy.functional.slopes import slope, value_and_slope, works_in_place
 from lightning_noisy.kernels import normalized as kernel
-from lightning_noisy.kernels.backend import in_memory_order
+from lightning_noisy.kernels.backend import in_memory_order, is_dense, is_plain
 
 __all__ = ["NLeakyReLU", "NReLU", "NSwish", "NormalizedActivation"]
 
@@ -203,7 +203,8 @@ class NormalizedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the activation of ``input``."""
         fast, alpha = None, self.alpha
-        if self.instance_dims is None and kernel.takes(input, alpha, self._buffers["running_mean"]):
+        own = type(self).scale_of is not NormalizedActivation.scale_of  # a subclass has a formula of its own
+        if self.instance_dims is None and not own and kernel.takes(input, alpha, self._buffers):
             fast = kernel.function_of(self.function)
         x = input.clone() if self.inplace else input
         if fast is not None:
@@ -372,22 +373,28 @@ class _ByKernel(torch.autograd.Function):
         """Gradients of input and α; the running statistics are constants."""
         x, alpha = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():
+        dense = is_plain(x) and is_dense(x)  # hooks on saved tensors may have changed that
+        if dense and is_plain(gradient) and not torch.is_grad_enabled():
             kernels, gradient = cast(kernel.Kernels, kernel.kernels_for(x)), in_memory_order(gradient, x)
             of_x, of_alpha = kernels.backward(ctx.fast, x, gradient, ctx.kept, ctx.beta, alpha if needed[1] else None)
             return of_x, of_alpha, None, None
-        # For a second derivative: operations that autograd can differentiate.
+        # For a second derivative, and for what the kernel doesn't take: operations that autograd can differentiate.
+        again = torch.is_grad_enabled()
+        if not again:
+            x, alpha = x.detach().requires_grad_(), alpha.detach().requires_grad_()
         scale, shift, curve = torch.as_tensor(list(ctx.kept), dtype=x.dtype, device=x.device)
-        moved = scale - ctx.beta * curve + ctx.beta * torch.tanh(alpha.squeeze())
-        y = normalize_output(ctx.function(x), moved, shift)
+        with torch.enable_grad():
+            moved = scale - ctx.beta * curve + ctx.beta * torch.tanh(alpha.squeeze())
+            y = normalize_output(ctx.function(x), moved, shift)
         inputs = [tensor for tensor, wanted in zip((x, alpha), needed, strict=True) if wanted]
-        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+        found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=again, allow_unused=True))
         return (*(next(found) if wanted else None for wanted in needed), None, None)  # type: ignore[return-value]
 
 
 def _gains(found: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """μ, ρ and ρ′."""
-    return found.mean_y, found.var_y / found.var_x, found.rho_prime
+    """μ, ρ and ρ′; ρ is NaN if the variance of x is rounding: of a constant, or of numbers too small to be squared."""
+    varies = (found.var_x > 1e-11 * found.mean_x.square()) & (found.var_x > 1e-36)
+    return found.mean_y, torch.where(varies, found.var_y / found.var_x, math.nan), found.rho_prime
 
 
 def _usable(mean: Tensor, rho: Tensor, rho_prime: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def check_normalized(device, dtype, function, x):
     x, tolerance = x.to(device, dtype), TOLERANCE[dtype]
     alpha, known = torch.full((1,), 0.4, device=device), normalized.function_of(function)
     state = buffers(device, 3, 0.3, 0.5, 0.6)
-    assert normalized.takes(x, alpha, state["running_mean"])
+    assert normalized.takes(x, alpha, state)
     kernels = normalized.kernels_for(x)
     value, kept = kernels.forward(known, x, alpha, list(state.values()), None, RULE, normalized.FROM_BUFFERS)
     gradient = normal(*x.shape, seed=1).to(device, dtype) if x.dim() else torch.ones_like(x)
@@ -223,7 +223,7 @@ def check_noisy(device, dtype, name, half, alpha, x, p):
     x, p, c = x.to(device, dtype), p.to(device), torch.tensor(1.5, device=device)
     state, gradient = torch.tensor([2**62 - 5, 7], device=device), normal(*x.shape, seed=1).to(device, dtype)
     h = formulas.HARD[name]
-    assert noisy.takes(x, p, c, noisy=True)
+    assert noisy.takes(x, p, c, state, noisy=True)
     kernels = noisy.kernels_for(x)
     kept = kernels.keep(c)
     key = kernels.next_key(state, advance=True, distance=0x2545F4914F6CDD1D, second=2**63 + 1)

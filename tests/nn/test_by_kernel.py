@@ -1,10 +1,14 @@
 """Normalized and noisy modules: with kernels and without they are the same."""
 
 import copy
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
+from helpers import HAS_COMPILER
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -286,3 +290,192 @@ def test_double_precision_modules_and_buffers_of_others_are_let_be(make):
     module.register_buffer("of_others", torch.zeros(3))
     assert module(normal(40)).isfinite().all()
     module.of_others += 1
+
+
+# What goes another way than usual, against the reference. Each of these once gave other numbers, or an error.
+
+
+class Lower:
+    """Clips from below; has no hash."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, x):
+        return x.clamp_min(-1.0)
+
+
+class OwnFormula(NAN):
+    def noisy(self, x, epsilon, p, c):
+        return x * 3
+
+
+class OwnScale(NormalizedActivation):
+    def scale_of(self, rho, rho_prime, alpha):
+        return torch.tensor(7.0)
+
+
+def with_parameter(module, name):
+    value = module.get_buffer(name).clone() + 0.25
+    delattr(module, name)
+    module.register_parameter(name, nn.Parameter(value))
+    return module
+
+
+def with_hook(module):
+    module.function.register_forward_hook(lambda inner, arguments, output: 2 * output)
+    return module
+
+
+def with_state(module, change):
+    module.load_state_dict({name: change(value) for name, value in module.state_dict().items()}, assign=True)
+    return module
+
+
+UNUSUAL = {
+    "constant": (lambda: NormalizedActivation(F.silu), lambda: torch.full((4097,), 0.1)),
+    "constant far from 0": (lambda: NormalizedActivation(F.relu), lambda: torch.full((1000,), 3.3)),
+    "tiny": (lambda: NormalizedActivation(F.silu), lambda: 1e-25 * normal(1000)),
+    "huge and negative": (lambda: NormalizedActivation(F.silu).eval(), lambda: torch.tensor([-3e38, -1e5, 1.0])),
+    "huge and negative, GELU": (lambda: NormalizedActivation(nn.GELU()).eval(), lambda: torch.tensor([-3e38, 1.0])),
+    "inner hook": (lambda: with_hook(NormalizedActivation(nn.ReLU())), lambda: normal(1000)),
+    "own scale": (lambda: OwnScale(F.relu), lambda: normal(1000)),
+    "own formula": (lambda: OwnFormula(), lambda: normal(1000)),
+    "c is a parameter": (lambda: with_parameter(NAN(), "c"), lambda: 2 * normal(1000)),
+    "rho is a parameter": (
+        lambda: with_parameter(NormalizedActivation(F.relu), "running_rho").eval(), lambda: normal(9)
+    ),
+    "alpha barely above 1": (lambda: NAH(alpha=1 + 1e-9, c=4.0), lambda: 3 * normal(1000)),
+    "no hash": (lambda: NAN((Lower(), lambda x: x)), lambda: 3 * normal(1000)),
+    "many rows": (lambda: NAH(num_parameters=2, c=4.0), lambda: 3 * normal(100_003, 2)),
+    "float counters": (
+        lambda: with_state(NormalizedActivation(F.silu), lambda value: value.float()), lambda: normal(1000)
+    ),
+    "strided state": (
+        lambda: with_state(NAN(), lambda v: v if v.dtype != torch.int64 else torch.stack([v, v], 1)[:, 0]),
+        lambda: 3 * normal(1000),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_is_that_of_the_reference(case, reference):
+    make, inputs = UNUSUAL[case]
+
+    def run():
+        torch.manual_seed(0)
+        module, found = make(), []
+        for _ in range(2):
+            x = inputs().requires_grad_()
+            y = module(x)
+            y.sum().backward()
+            found += [y.detach(), x.grad, *(p.grad / len(x) ** 0.5 for p in module.parameters() if p.grad is not None)]
+        return [*found, *(buffer.double() for buffer in module.buffers())]
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: NormalizedActivation(F.silu), NAN, NAH, lambda: NAH(num_parameters=5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_gradients_and_batches_of_gradients(make, training, reference):
+    def run():
+        torch.manual_seed(0)
+        module, x = make(), 2 * normal(4, 5)
+        module(x)
+        module.train(training)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(module(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), leaf)
+        jacobian = torch.autograd.functional.jacobian(module.eval(), x, vectorize=True)
+        return first.detach(), second, jacobian
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: NormalizedActivation(F.silu), NAH])
+def test_hooks_on_saved_tensors_may_change_their_layout(make, reference):
+    def run():
+        torch.manual_seed(0)
+        x, g = 2 * normal(6, 5).requires_grad_(), normal(6, 5, seed=1)
+        leaf = x.detach().requires_grad_()
+        hooks = lambda t: t.t().contiguous() if t.dim() == 2 else t, lambda t: t.t() if t.dim() == 2 else t
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            y = make()(leaf)
+        y.backward(g)
+        return y.detach(), leaf.grad
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: NormalizedActivation(F.silu), NAH, lambda: NAH(num_parameters=4)])
+def test_another_alpha_and_other_parameters_by_functional_call(make, reference):
+    def run():
+        torch.manual_seed(0)
+        module, x = make(), 2 * normal(6, 4)
+        module(x)
+        module.eval()
+        name, value = next(iter(module.named_parameters()))
+        given = torch.tensor([1j * 0.7] * value.numel()).conj().imag.detach().requires_grad_()
+        y = torch.func.functional_call(module, {name: given}, (x,))
+        y.square().sum().backward()
+        return y.detach(), given.grad
+
+    for mine, expected in zip(run(), reference(run), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+PROCESSES = {
+    "fewer threads than asked for": """
+        import os
+        os.environ["OMP_THREAD_LIMIT"] = "1"
+        import torch
+        from lightning_noisy.nn import NAH
+        torch.manual_seed(0)
+        m, x = NAH(num_parameters=64, c=4.0), torch.randn(4000, 64)
+        with torch.no_grad():
+            torch.set_num_threads(1); a = m(x)
+            m.noise_state[1] = 0
+            torch.set_num_threads(4); b = m(x)
+        assert torch.equal(a, b)
+    """,
+    "another default dtype": """
+        import torch
+        torch.set_default_dtype(torch.float64)
+        from lightning_noisy.nn import NAH, NormalizedActivation
+        for m in (NAH(dtype=torch.float32), NAH(num_parameters=4, dtype=torch.float32),
+                  NormalizedActivation(torch.tanh, dtype=torch.float32)):
+            x = torch.randn(3, 4, dtype=torch.float32)
+            assert m(x).dtype == torch.float32
+            with torch.device("meta"):
+                assert m(x).isfinite().all()
+        from lightning_noisy.kernels import noisy
+        assert noisy._compiled() is not None
+    """,
+    "a fork that is the first to load the library": """
+        import os, signal, torch
+        torch.set_num_threads(2)
+        (torch.randn(1_000_000) * 2).exp()
+        from lightning_noisy.nn import NSwish
+        x = torch.randn(1 << 20)  # torch's own operations on it would wait for its threads
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            NSwish()(x)
+            from lightning_noisy.kernels import build
+            os._exit(build.library() is None)
+        assert os.waitpid(pid, 0)[1] == 0
+    """,
+}
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+@pytest.mark.parametrize("case", PROCESSES)
+def test_processes_of_other_kinds(case):
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROCESSES[case])]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr[-2000:]

@@ -31,7 +31,9 @@ def _sums(x, used):
     mean = total / count
     away = tl.where(used, x - mean, 0.0)
     wide = total.to(tl.float64)
-    return wide, tl.sum(away * away).to(tl.float64) + wide * wide / count.to(tl.float64)
+    exact = wide / count.to(tl.float64)
+    error = exact - mean.to(tl.float64)
+    return wide, tl.sum(away * away).to(tl.float64) + (exact * exact - error * error) * count.to(tl.float64)
 
 
 @triton.jit
@@ -99,7 +101,8 @@ def _statistics(
         new_mean = y1 / n
         var_x = x2 / n - (x1 / n) * (x1 / n)
         new_rho, new_prime = (y2 / n - new_mean * new_mean) / var_x, d2 / n
-        usable = (var_x > 0) & (new_rho > smallest) & (new_prime > smallest)
+        varies = (var_x > 1e-11 * (x1 / n) * (x1 / n)) & (var_x > 1e-36)  # else it is rounding
+        usable = varies & (new_rho > smallest) & (new_prime > smallest)
         usable = usable & (tl.abs(new_mean) + new_rho + new_prime < 3.4028234663852886e38)
         new_mean, new_rho, new_prime = new_mean.to(tl.float32), new_rho.to(tl.float32), new_prime.to(tl.float32)
         before = tl.load(tracked)
