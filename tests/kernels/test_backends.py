@@ -64,6 +64,32 @@ def test_value_and_gradients_are_those_of_the_formula(chosen, backend, dtype, fu
     check_normalized(chosen(backend), dtype, function, torch.cat([3 * normal(999), torch.tensor([0.0, 30, -30, 200])]))
 
 
+# As functions.h and docs/kernels.md say, for |x| < 80, in units of 2^-24: of the value, or for GELU of |x|.
+ERRORS = {F.silu: 4, torch.sigmoid: 4, torch.tanh: 4, F.elu: 2, F.selu: 3, F.gelu: 5}
+ERRORS[nn.GELU(approximate="tanh")] = 4
+
+
+@pytest.mark.parametrize("function", ERRORS, ids=lambda function: getattr(function, "__name__", repr(function)))
+@pytest.mark.parametrize("backend", [COMPILED])
+def test_functions_are_as_exact_as_is_said(chosen, backend, function):
+    chosen(backend)
+    x = torch.cat(
+        [
+            (20 * normal(100_000)).clamp(-80, 80),
+            2 * normal(100_000),
+            torch.logspace(-20, 0, 1000),
+            -torch.logspace(-20, 0, 1000),
+        ]
+    )
+    state = list(buffers("cpu").values())  # with which the scale is 1, and the shift 0
+    known, kernels = normalized.function_of(function), normalized.kernels_for(x)
+    expected = function(x.double())
+    error = (kernels.values(known, x, torch.zeros(1), state, 0.3).double() - expected).abs()
+    is_gelu = function is F.gelu or isinstance(function, nn.GELU)
+    size = x.double().abs() if is_gelu else expected.abs()
+    assert (error / size.clamp_min(1e-35)).max() * 2**24 <= ERRORS[function]
+
+
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
 @pytest.mark.parametrize(("backend", "dtype"), DTYPES)
 def test_every_shape_and_memory_format_is_taken(chosen, backend, dtype, shape, layout):
