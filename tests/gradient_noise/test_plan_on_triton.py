@@ -11,7 +11,7 @@ from lightning_noisy.gradient_noise.plan import NoisePlan
 from lightning_noisy.kernels import backend
 from lightning_noisy.kernels.gaussian import add_gaussian_, adds_to, stream_key, substream
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton isn't installed")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton, or too old an interpreter")
 SIZES = {"scalar": (), "empty": (0, 3), "one": (1,), "odd": (8191,), "matrix": (300, 41), "long": (20_001,)}
 # Elements of 0, so that sums round as the numbers do; the interpreter cuts bits of bfloat16 off where devices round.
 CUT = {torch.bfloat16: 2**-7} if os.environ["TRITON_INTERPRET"] == "1" else {}

