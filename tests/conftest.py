@@ -21,24 +21,24 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
-@pytest.fixture(params=KERNELS)
-def every_kernel(request, monkeypatch):
-    """The test runs with the compiled kernels, with Triton's, and with torch's operations in their place."""
+def with_kernels(request, monkeypatch):
     monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", request.param)
     forget_kernels()
     yield request.param
     monkeypatch.undo()
     forget_kernels()
+
+
+@pytest.fixture(params=KERNELS)
+def every_kernel(request, monkeypatch):
+    """The test runs with the compiled kernels, with Triton's, and with torch's operations in their place."""
+    yield from with_kernels(request, monkeypatch)
 
 
 @pytest.fixture(params=[each for each in KERNELS if each.id != "triton"])
 def any_kernel(request, monkeypatch):
     """The same without Triton's, whose interpreter is slow."""
-    monkeypatch.setenv("LIGHTNING_NOISY_KERNEL", request.param)
-    forget_kernels()
-    yield request.param
-    monkeypatch.undo()
-    forget_kernels()
+    yield from with_kernels(request, monkeypatch)
 
 
 @pytest.fixture

@@ -160,10 +160,11 @@ class NoisePlan:
         return any(gradient is not None for gradient in gradients)
 
     def _pointers(self, gradients: list[Tensor | None]) -> tuple[Tensor | None, list[int]]:
-        """The first gradient, and the addresses of all that one call can add noise to with it, else 0."""
-        like = next((g for g in gradients if g is not None), None)
-        if like is None or like.dtype is not torch.float32 or not is_plain(like) or not adds_to(like):
-            return like, [0] * len(gradients)
+        """The first gradient that a kernel takes, and the addresses of all that go with it in one call, else 0."""
+        plain = (g for g in gradients if g is not None and g.dtype is torch.float32 and is_plain(g) and adds_to(g))
+        like = next(plain, None)
+        if like is None:
+            return None, [0] * len(gradients)
         # `pointer`, inlined: with many small gradients, a call for each would take a tenth of the time.
         kind = torch.FloatTensor if like.is_cpu else torch.cuda.FloatTensor  # type: ignore[attr-defined]  # dense float32
         one_device = like.is_cpu or len({g.device for g in gradients if g is not None}) == 1

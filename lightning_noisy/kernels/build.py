@@ -146,23 +146,19 @@ def _share_threads(use: Any) -> None:
         return
     use.argtypes, use.restype = [ctypes.c_void_p], None
     use(pool)
+    _sharing.append(use)
     _grain = _AWAKE_THREAD
 
-    global _stop_sharing
-    _stop_sharing = lambda: use(None)  # noqa: E731
 
-
+_sharing: list[Any] = []  # what tells a library which threads to use
 _forked = False
 
 
-def _stop_sharing() -> None:
-    """Let the library start threads of its own."""
-
-
 def _after_fork() -> None:
-    """The child has none of the parent's threads."""
+    """The child has none of the parent's threads: libraries start threads of their own."""
     global _grain, _forked
-    _stop_sharing()
+    for use in _sharing:
+        use(None)
     _grain, _forked = _NEW_THREAD, True
 
 

@@ -382,7 +382,7 @@ class _ByKernel(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if not again:
             x, alpha = x.detach().requires_grad_(), alpha.detach().requires_grad_()
-        scale, shift, curve = torch.as_tensor(list(ctx.kept), dtype=x.dtype, device=x.device)
+        scale, shift, curve = torch.as_tensor(list(ctx.kept), dtype=alpha.dtype, device=x.device)
         with torch.enable_grad():
             moved = scale - ctx.beta * curve + ctx.beta * torch.tanh(alpha.squeeze())
             y = normalize_output(ctx.function(x), moved, shift)

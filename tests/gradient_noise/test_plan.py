@@ -397,3 +397,16 @@ def test_without_noise_an_expanded_gradient_is_let_be():
     parameters = parameters_of({"b": (4,)})
     parameters["b"].grad = torch.zeros(1).expand(4)
     assert NoisePlan(parameters).add_noise([0.0], ("s",), 0)
+
+
+def test_a_first_gradient_of_another_kind_does_not_slow_the_others_down(any_kernel, monkeypatch):
+    parameters = parameters_of({"table": (50, 4)}, torch.bfloat16) | parameters_of({f"p{i}": (20,) for i in range(9)})
+    table = parameters["table"]
+    table.grad = torch.sparse_coo_tensor([[1, 7]], torch.zeros(2, 4), (50, 4), check_invariants=True).bfloat16()
+    added = []
+    real = _Batch.add
+    monkeypatch.setattr(_Batch, "add", lambda self, tensor, *rest: added.append(tensor) or real(self, tensor, *rest))
+    NoisePlan(parameters).add_noise([1.0], ("s",), 0)
+    assert len(added) == (1 if any_kernel == "auto" else 10)
+    for i in range(9):
+        assert torch.equal(parameters[f"p{i}"].grad, reference(f"p{i}", torch.zeros(20), 1.0))

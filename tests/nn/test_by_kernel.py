@@ -208,12 +208,12 @@ def test_noisy_second_derivatives_are_those_of_the_reference(reference):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_noisy_saves_no_more_for_backward_than_input_and_output():
+def test_noisy_saves_no_more_for_backward_than_the_input():
     saved = []
     module, x = NAH(), normal(100_000).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         module(x)
-    assert sum(saved) <= 2 * 100_000 + 1
+    assert sum(saved) <= 100_000 + 1
 
 
 def test_noise_does_not_touch_the_global_random_state():
@@ -289,7 +289,7 @@ def test_double_precision_modules_and_buffers_of_others_are_let_be(make):
     module = make()
     module.register_buffer("of_others", torch.zeros(3))
     assert module(normal(40)).isfinite().all()
-    module.of_others += 1
+    assert torch.equal(module.of_others, torch.zeros(3))
 
 
 # What goes another way than usual, against the reference. Each of these once gave other numbers, or an error.

@@ -195,7 +195,7 @@ def forward(
     stride: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """As ``forward`` of ``kernels.normalized``; what is kept is a tensor of shape (3,)."""
-    y, kept, count = torch.empty_like(x), torch.empty(3, device=x.device), x.numel()
+    y, kept, count = torch.empty_like(x), torch.empty(3, dtype=torch.float32, device=x.device), x.numel()
     kind, *options = function
     with device_of(x):
         sums, parts, used = kept, 0, count
