@@ -24,6 +24,9 @@ FUNCTIONS += [nn.GELU(approximate="tanh"), torch.tanh, nn.ELU(), nn.ELU(0.5)]
 IDS = [getattr(function, "__name__", repr(function)) for function in FUNCTIONS]
 
 
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+
+
 def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
@@ -151,6 +154,7 @@ def test_alpha_alone_or_input_alone_may_need_a_gradient():
     assert x.grad is not None
 
 
+@needs_compiler
 def test_no_more_is_saved_for_backward_than_the_input():
     saved = []
     module, x = NormalizedActivation(F.silu), normal(100_000).requires_grad_()
@@ -208,6 +212,7 @@ def test_noisy_second_derivatives_are_those_of_the_reference(reference):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_compiler
 def test_noisy_saves_no_more_for_backward_than_the_input():
     saved = []
     module, x = NAH(), normal(100_000).requires_grad_()
@@ -473,7 +478,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+@needs_compiler
 @pytest.mark.parametrize("case", PROCESSES)
 def test_processes_of_other_kinds(case):
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROCESSES[case])]
