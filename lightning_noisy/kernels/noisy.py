@@ -89,7 +89,7 @@ def takes(x: Tensor, p: Tensor | None, c: Tensor | None, state: Tensor | None, *
         p.dtype is c.dtype is torch.float32
         and type(c) is type(state) is Tensor
         and not (p.is_neg() or c.is_neg())
-        and p.device == c.device == state.device == x.device
+        and ((x.is_cpu and p.is_cpu and c.is_cpu and state.is_cpu) or p.device == c.device == state.device == x.device)
         and p.is_contiguous()
         and (x.is_contiguous() or (not noisy and single))  # noise is assigned in row-major order
         and (single or (x.is_cpu and x.dim() > 1 and len(p) == x.shape[1]))

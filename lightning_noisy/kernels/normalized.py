@@ -188,27 +188,22 @@ class Kernels(Protocol):
 
 def takes(x: Tensor, alpha: Tensor, buffers: Mapping[str, Tensor | None]) -> bool:
     """Whether there is a kernel for a pre-activation, α and running statistics."""
-    mean = buffers.get("running_mean")
+    mean, rho, rho_prime, tracked, rejected = map(buffers.get, BUFFERS)
+    if mean is None or rho is None or rho_prime is None or tracked is None or rejected is None:
+        return False
     return (
         is_plain(x)
         and is_dense(x)
-        and mean is not None
-        and type(mean) is Tensor
+        and type(mean) is type(rho) is type(rho_prime) is type(tracked) is type(rejected) is Tensor
         and (type(alpha) is nn.Parameter or type(alpha) is Tensor)
-        and alpha.dtype is torch.float32
+        and alpha.dtype is mean.dtype is rho.dtype is rho_prime.dtype is torch.float32
+        and tracked.dtype is rejected.dtype is torch.int64
+        and not (mean.requires_grad or rho.requires_grad or rho_prime.requires_grad)
         and alpha.numel() == 1
-        and not alpha.is_neg()
+        and not (alpha.is_neg() or mean.is_neg() or rho.is_neg() or rho_prime.is_neg())
         and ((x.is_cpu and alpha.is_cpu and mean.is_cpu) or alpha.device == mean.device == x.device)
-        and all(_is_buffer(buffers.get(name), dtype) for name, dtype in _DTYPES)
         and kernels_for(x) is not None
     )
-
-
-_DTYPES = [(name, torch.int64 if name.startswith("num") else torch.float32) for name in BUFFERS]
-
-
-def _is_buffer(x: Tensor | None, dtype: torch.dtype) -> bool:
-    return type(x) is Tensor and x.dtype is dtype and not x.requires_grad and not x.is_neg()
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
