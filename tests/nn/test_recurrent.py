@@ -85,7 +85,11 @@ def test_autocast_gives_the_dtypes_of_torch(kind):
     layer, expected = pair_of(kind, "layers", dtype=torch.float32)
     x = normal(7, 3, 4, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        (found, last), (wanted, wanted_last) = layer(x), expected(x)
+        try:
+            wanted, wanted_last = expected(x)
+        except RuntimeError as error:
+            pytest.skip(f"torch's own layer can't do bfloat16 on this processor: {error}")
+        found, last = layer(x)
     assert found.dtype == wanted.dtype
     assert [each.dtype for each in flat(last)] == [each.dtype for each in flat(wanted_last)]
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.03)

@@ -117,16 +117,16 @@ def test_gates_that_work_in_place_leave_what_the_backward_pass_needs(activation)
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_without_noise_gates_are_hard(kind):
-    """c = 0 and α = 1: h itself, bit for bit that of a loop with clamps."""
+    """c = 0 and α = 1: h itself, as in a loop with clamps; where torch fuses one of them, the last bit differs."""
     ours, _ = PAIRS[kind]
     layer = ours(4, 5, activation="nanis(c=0)", **gates_of(kind, "nanis(c=0)"), dtype=torch.float64)
     hard = ours(4, 5, activation=lambda: Hard("tanh"), **gates_of(kind, lambda: Hard("sigmoid")), dtype=torch.float64)
     hard.load_state_dict(layer.state_dict(), strict=False)
     x = 4 * normal(7, 3, 4)
-    assert torch.equal(layer(x)[0], hard(x)[0])
+    torch.testing.assert_close(layer(x)[0], hard(x)[0], rtol=0, atol=1e-15)
     alike = ours(4, 5, activation="nah(c=0, alpha=1)", **gates_of(kind, "nah(c=0, alpha=1)"), dtype=torch.float64)
     alike.load_state_dict(layer.state_dict(), strict=False)
-    assert torch.equal(alike(x)[0], hard(x)[0])
+    torch.testing.assert_close(alike(x)[0], hard(x)[0], rtol=0, atol=1e-15)
 
 
 class Hard(nn.Module):
