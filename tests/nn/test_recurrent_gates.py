@@ -117,7 +117,10 @@ def test_gates_that_work_in_place_leave_what_the_backward_pass_needs(activation)
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_without_noise_gates_are_hard(kind):
-    """c = 0 and α = 1: h itself, as in a loop with clamps; where torch fuses one of them, the last bit differs."""
+    """c = 0 and α = 1: h itself, as in a loop with clamps, but for rounding.
+
+    The loop multiplies by ``weight.t()``, the kernel by a copy of it: some processors sum these in another order.
+    """
     ours, _ = PAIRS[kind]
     layer = ours(4, 5, activation="nanis(c=0)", **gates_of(kind, "nanis(c=0)"), dtype=torch.float64)
     hard = ours(4, 5, activation=lambda: Hard("tanh"), **gates_of(kind, lambda: Hard("sigmoid")), dtype=torch.float64)
