@@ -114,6 +114,20 @@ def spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     return (middle if least == greatest else f"{middle} ({least} to {greatest})") + (others and f"; {others}")
 
 
+def draw_sorted(path: Path, runs: Mapping[str, tuple[str, Sequence[float]]], ylabel: str) -> None:
+    """A picture of the values of many runs, sorted; by label a format of matplotlib's and the values."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for label, (form, values) in runs.items():
+        axes.plot(range(1, len(values) + 1), sorted(values), form, markersize=3, label=label)
+    axes.set(xlabel="run, from the best on", ylabel=ylabel, ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def read_csv(path: Path) -> list[Record]:
     """The records of a CSV file; what looks like a number is one.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from harness import Program, Record, Result, Run, Table, select, spread
+from harness import Program, Record, Result, Run, Table, draw_sorted, select, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -149,25 +149,14 @@ def tables(records: list[Record]) -> list[Table]:
 
 def draw(records: list[Record], epochs: list[Record], path: Path) -> None:
     """Validation error of all runs, sorted."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for number, (training, noise) in enumerate(PAPER):
-        values = sorted(each["error"] for each in select(records, training=training, noise=noise))
-        label = f"{training}, {'with' if noise == 'yes' else 'without'} noise"
-        axes.plot(
-            range(1, len(values) + 1),
-            values,
-            "o-" if noise == "yes" else "o:",
-            color=f"C{number // 2}",
-            markersize=3,
-            label=label,
+    runs = {
+        f"{training}, {'with' if noise == 'yes' else 'without'} noise": (
+            f"{'o-' if noise == 'yes' else 'o:'}C{number // 2}",
+            [each["error"] for each in select(records, training=training, noise=noise)],
         )
-    axes.set(xlabel="run, from the best on", ylabel="validation error in %", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        for number, (training, noise) in enumerate(PAPER)
+    }
+    draw_sorted(path, runs, "validation error in %")
 
 
 PROGRAM = Program("memory_network", __doc__, ROWS, train, tables, draw, epochs=100, seeds=30, on_images=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from harness import Program, Record, Result, Run, Table, select, spread
+from harness import Program, Record, Result, Run, Table, draw_sorted, select, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import drawn, fit
@@ -132,19 +132,15 @@ def tables(records: list[Record]) -> list[Table]:
 
 def draw(records: list[Record], epochs: list[Record], path: Path) -> None:
     """Errors of all runs, sorted."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for eta, style in zip(ETAS, ("o:", "o-", "o--"), strict=True):
-        for number, lr in enumerate(LEARNING_RATES):
-            values = sorted(each["longer"] for each in select(records, eta=eta, lr=lr))
-            label = f"η = {eta}, learning rate {lr}"
-            axes.plot(range(1, len(values) + 1), values, style, color=f"C{number}", markersize=3, label=label)
-    axes.set(xlabel="run, from the best on", ylabel=f"wrong bits, {TESTED}-bit numbers, in %", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    runs = {
+        f"η = {eta}, learning rate {lr}": (
+            f"{form}C{number}",
+            [each["longer"] for each in select(records, eta=eta, lr=lr)],
+        )
+        for eta, form in zip(ETAS, ("o:", "o-", "o--"), strict=True)
+        for number, lr in enumerate(LEARNING_RATES)
+    }
+    draw_sorted(path, runs, f"wrong bits, {TESTED}-bit numbers, in %")
 
 
 PROGRAM = Program("neural_gpu", __doc__, ROWS, train, tables, draw, epochs=15, seeds=12, on_images=False)

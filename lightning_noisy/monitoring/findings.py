@@ -18,8 +18,8 @@ ADVICE = {
     "vanishing_signal": 'Initialize for the function (He for ReLU), normalize, or replace_activations(model, "nsw").',
     "exploding_signal": 'Initialize smaller weights, normalize, or replace_activations(model, "nsw").',
     # Kathuria, "ReLU to the rescue"; ANAct, Eq. 8.
-    "vanishing_gradient": "Use functions with larger slopes (a ReLU or tanh for a sigmoid), residual connections, or"
-    ' replace_activations(model, "normalized").',
+    "vanishing_gradient": "Initialize for the function (He for ReLU), use functions with larger slopes (a ReLU or tanh"
+    ' for a sigmoid), residual connections, or replace_activations(model, "normalized", initialize="xavier").',
     # ANAct, section 3.1: normalized activations keep the variance if the weights do.
     "normalized": "The activations are normalized already, the weights change its size: initialize them by Xavier's"
     ' rule, as replace_activations(model, ..., initialize="xavier") does.',

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import statistics
 
 import lightning as L
 import pytest
@@ -162,7 +163,7 @@ def test_a_trained_model_keeps_its_accuracy_where_the_hard_swap_loses_it(to):
     trained = Digits()
     quiet_trainer(max_epochs=30, gradient_clip_val=1.0).fit(trained, loader(data))
 
-    def lowest(**options):
+    def accuracies(**options):
         model, seen = copy.deepcopy(trained), Accuracies()
         trainer = quiet_trainer(
             max_epochs=16, val_check_interval=7, num_sanity_val_steps=1, gradient_clip_val=1.0,
@@ -170,12 +171,13 @@ def test_a_trained_model_keeps_its_accuracy_where_the_hard_swap_loses_it(to):
         )  # fmt: skip
         trainer.fit(model, loader(data), loader([(x[test], y[test])]))
         assert not blended(model)
-        return min(seen.values), seen.values[-1]
+        return seen.values
 
     before = (trained.net(x[test]).argmax(1) == y[test]).float().mean().item()
-    hard, _ = lowest()
-    soft, last = lowest(blend=Linear(0.0, end=1.0, steps=400))
+    hard, soft = accuracies(), accuracies(blend=Linear(0.0, end=1.0, steps=400))
     assert before > 0.95
-    assert hard < before - 0.2
-    assert before - soft < (before - hard) / 2  # how much is lost on the way differs between processors
-    assert last > before - 0.05
+    assert min(hard) < before - 0.2
+    assert statistics.mean(soft) > before - 0.05
+    # The lowest of 65 accuracies of a network in training depends on chance, and so on how a processor rounds.
+    assert min(soft) > (before + min(hard)) / 2
+    assert soft[-1] > before - 0.05
