@@ -325,7 +325,7 @@ class Interrupted(training.EachEpoch):
         for noise in ("annealed", "no, dropout", "before clipping", "on weights")
     ]
     + [
-        ("anact_lenet5", {"activation": "nsw", "lr": 0.03}),
+        ("anact_lenet5", {"activation": "nsw"}),
         ("noisy_units", {"gates": "NAH, annealed"}),
         ("memory_network", {"training": "two stages", "noise": "yes"}),
     ],
@@ -394,6 +394,13 @@ def test_every_figure_of_the_page_is_in_the_files():
     percentages = re.findall(r"(\d+(?:\.\d+)?)(?: to (\d+(?:\.\d+)?))? %", prose)
     unknown = {number for pair in percentages for number in pair if number} - in_tables
     assert not unknown, f"in no table: {unknown}"
+
+
+def test_figures_of_the_readme_are_those_of_the_page():
+    page, readme = (path.read_text() for path in (ROOT / "docs" / "results.md", ROOT / "README.md"))
+    learned, noise, none = re.search(r"(\d of \d) times \((.+?) %\), never without \((.+?) %\)", readme).groups()
+    assert re.search(rf"\| SGD, noise after the clipping, annealed +\| {noise} .*\| {learned} +\|", page)
+    assert re.search(rf"\| SGD, no noise +\| {none} +\| 0 of {learned[-1]} +\|", page)
 
 
 def test_changed_figure_is_noticed(tmp_path):
