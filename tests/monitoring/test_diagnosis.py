@@ -110,6 +110,7 @@ def test_advice_between_normalized_activations_is_about_the_weights():
     (found,) = diagnose([(0, values)], sites)
     assert found.kind == "vanishing_gradient"
     assert "are normalized already" in found.advice
+    assert 'initialize="xavier"' in found.advice
     (found,) = diagnose([(0, values)], [Site(site.name, "tanh", "hidden", "Tanh") for site in sites])
     assert "are normalized already" not in found.advice
 

@@ -178,6 +178,6 @@ def test_a_trained_model_keeps_its_accuracy_where_the_hard_swap_loses_it(to):
     assert before > 0.95
     assert min(hard) < before - 0.2
     assert statistics.mean(soft) > before - 0.05
-    # The lowest of 65 accuracies of a network in training depends on chance, and so on how a processor rounds.
+    # The lowest of 65 accuracies of a network in training depends on chance: on seed, threads and processor.
     assert min(soft) > (before + min(hard)) / 2
     assert soft[-1] > before - 0.05
